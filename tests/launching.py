@@ -1,0 +1,115 @@
+"""Start real ranks with the real launchers, and leave no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+WORKERS = ROOT / "tests" / "parallel" / "workers"
+_MARK = "HVDKIT_TEST_PROCESS"
+
+
+def launch(
+    size: int,
+    command: Sequence[str | Path],
+    *,
+    launcher: str = "mpirun",
+    options: Sequence[str] = ("--oversubscribe", "--bind-to", "none"),
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 150,
+    cwd: Path = ROOT,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python <command>` on `size` ranks and return its exit code and what it printed.
+
+    Args:
+        size: number of ranks.
+        command: script and arguments.
+        launcher: mpirun, horovodrun, horovodrun-gloo, or none (one process, without any launcher).
+        options: mpirun's.
+        environment: added to this process's.
+        timeout: seconds after which everything that was started is killed and `TimeoutExpired` is raised.
+        cwd: working directory.
+
+    Raises:
+        AssertionError: a process that the command started was still there after its end.
+    """
+    python = [sys.executable, *map(str, command)]
+    line = {
+        "none": python,
+        "mpirun": [str(BIN / "mpirun"), "-np", str(size), *options, *python],
+        "horovodrun": [str(BIN / "horovodrun"), "-np", str(size), "--mpi", *python],
+        "horovodrun-gloo": [str(BIN / "horovodrun"), "-np", str(size), "--gloo", *python],
+    }[launcher]
+    mark = uuid.uuid4().hex
+    full = {
+        **{
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("OMPI_", "PMIX_", "HOROVOD_"))
+        },
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        **(environment or {}),
+        _MARK: mark,
+    }
+    process = subprocess.Popen(
+        line,
+        cwd=cwd,
+        env=full,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        kill_marked(mark)
+        process.kill()
+        process.communicate()
+        raise
+    left = kill_marked(mark, grace=10)
+    assert not left, f"still running 10 s after the end: {left}"
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
+def kill_marked(mark: str, grace: float = 0) -> list[str]:
+    """Kill the processes that carry the mark in their environment and outlive `grace` seconds.
+
+    Returns:
+        The command lines of those that had to be killed.
+    """
+    end = time.monotonic() + grace
+    while (left := _marked(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in left:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return list(left.values())
+
+
+def _marked(mark: str) -> dict[int, str]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = (
+                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                    )
+            except OSError:
+                continue
+    return found

@@ -1,0 +1,112 @@
+"""Checkpoints: whole or not at all, damage found, the one before used."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from toolkit import checkpoint
+
+STATE = {
+    "model/w": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "optimizer/step#": np.asarray(7),
+    "empty": np.zeros((0, 2)),
+}
+
+
+def written(directory, *steps, keep=10):
+    return [
+        checkpoint.write(directory, step, {**STATE, "step": np.asarray(step)}, {"epoch": step}, keep)
+        for step in steps
+    ]
+
+
+def test_round_trip_is_exact(tmp_path):
+    (path,) = written(tmp_path / "new", 120)
+    assert path.name == "step-00000120"
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "state.safetensors"]
+    found = checkpoint.newest(tmp_path / "new")
+    assert found.path == path and found.manifest["epoch"] == 120 and found.manifest["step"] == 120
+    for name, array in STATE.items():
+        assert found.state[name].dtype == array.dtype and found.state[name].shape == array.shape
+        assert np.array_equal(found.state[name], array)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    written(tmp_path, 1, 2, 10, keep=2)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+def test_one_that_exists_is_not_written_again(tmp_path):
+    (path,) = written(tmp_path, 5)
+    before = (path / "manifest.json").stat().st_mtime_ns
+    checkpoint.write(tmp_path, 5, {}, {"epoch": 99}, 1)
+    assert (path / "manifest.json").stat().st_mtime_ns == before
+    assert checkpoint.read(path).manifest["epoch"] == 5
+
+
+def flip_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "manifest.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_bit,
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(b""),
+    ],
+    ids=["bit flip", "deletion", "truncation", "emptied"],
+)
+def test_damage_is_named_and_the_one_before_used(tmp_path, file, damage):
+    _, path = written(tmp_path, 1, 2)
+    damage(path / file)
+    with pytest.warns(UserWarning, match="step-00000002"):
+        found = checkpoint.newest(tmp_path)
+    assert found.manifest["epoch"] == 1
+
+
+def test_a_hostile_manifest_is_damage(tmp_path):
+    (path,) = written(tmp_path, 1)
+    for text in [
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"format_version": 99}',
+        json.dumps({"format_version": 1, "sha256": {"../x": "0"}}),
+    ]:
+        (path / "manifest.json").write_text(text)
+        with pytest.raises(checkpoint.DamagedCheckpoint):
+            checkpoint.read(path)
+
+
+def test_leftovers_of_a_killed_run_are_no_checkpoints(tmp_path):
+    (path,) = written(tmp_path, 1)
+    shutil.copytree(path, tmp_path / ".step-00000002.123.tmp")
+    (tmp_path / "step-00000003").write_text("a file")
+    (tmp_path / "step-x").mkdir()
+    assert checkpoint.newest(tmp_path).path == path
+
+
+def test_a_failed_write_leaves_the_last_one_alone(tmp_path, monkeypatch):
+    (path,) = written(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        written(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert checkpoint.newest(tmp_path).path == path
+
+
+def test_nothing_to_find(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "nowhere") is None

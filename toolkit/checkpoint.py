@@ -1,0 +1,154 @@
+"""Checkpoints: a directory a step, `step-00000120/`, with `state.safetensors` and `manifest.json`.
+
+Written to a temporary name, flushed to disk and renamed; never changed in place. The newest valid
+one is found by reading: every file's SHA-256, the manifest's own too, stands in the manifest.
+Loading runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+FORMAT_VERSION = 1
+_STATE, _MANIFEST = "state.safetensors", "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint's files are not what was written; the text names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole.
+
+    Attributes:
+        path: its directory.
+        manifest: everything that was saved beside the arrays; plain JSON values.
+        state: names to arrays.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    state: dict[str, np.ndarray]
+
+
+def write(
+    directory: Path, step: int, state: Mapping[str, np.ndarray], manifest: Mapping[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `step` into `directory`, then remove all but the `keep` newest.
+
+    Args:
+        directory: made if missing.
+        step: names the checkpoint; one that is there already is left as it is.
+        state: names to arrays.
+        manifest: JSON values to keep beside them.
+        keep: number of checkpoints to leave, ≥ 1.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        OSError: the disk is full, read-only or gone; earlier checkpoints are untouched.
+    """
+    final = directory / f"step-{step:08d}"
+    if final.exists():
+        return final
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".step-{step:08d}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir()
+        arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
+        _write_flushed(temporary / _STATE, safetensors.numpy.save(arrays))
+        content = {"format_version": FORMAT_VERSION, **manifest, "step": step}
+        content["sha256"] = {_STATE: _sha256(temporary / _STATE)}
+        content["sha256"][_MANIFEST] = _manifest_sha256(content)
+        _write_flushed(temporary / _MANIFEST, json.dumps(content, indent=1).encode())
+        _flush_directory(temporary)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush_directory(directory)
+    for old in steps(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def steps(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, oldest first, by name alone; empty where there is no directory."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint and check it against its manifest.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, altered or of another format version.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            raise DamagedCheckpoint(f"{path / _MANIFEST} is not of format version {FORMAT_VERSION}")
+        saved = manifest.get("sha256")
+        if not isinstance(saved, dict) or saved.pop(_MANIFEST, None) != _manifest_sha256(manifest):
+            raise DamagedCheckpoint(f"{path / _MANIFEST} was altered (SHA-256 differs)")
+        if saved != {_STATE: _sha256(path / _STATE)}:
+            raise DamagedCheckpoint(f"{path / _STATE} is not what its manifest says (SHA-256 differs)")
+        return Checkpoint(path, manifest, safetensors.numpy.load_file(path / _STATE))
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise DamagedCheckpoint(f"{path} can't be read: {error}") from None
+
+
+def newest(directory: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; warns of each damaged one that it passes over."""
+    for path in reversed(steps(directory)):
+        try:
+            return read(path)
+        except DamagedCheckpoint as damage:
+            warnings.warn(f"damaged checkpoint passed over: {damage}", stacklevel=2)
+    return None
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _manifest_sha256(content: Mapping[str, Any]) -> str:
+    """The hash of a manifest's content without its own hash, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            hasher.update(piece)
+    return hasher.hexdigest()

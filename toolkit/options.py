@@ -1,0 +1,145 @@
+"""Command-line options from one typed dataclass: every field is a flag with a help line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from toolkit import schedule, world
+from toolkit.world import World
+
+
+def option(default: Any, help: str, *, minimum: float | None = None, above: float | None = None) -> Any:
+    """A dataclass field that becomes a flag.
+
+    Args:
+        default: its value without the flag. A bool becomes a switch.
+        help: one line for `--help`, with the unit.
+        minimum: smallest value accepted.
+        above: the value must be larger than this.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "above": above})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The options that every recipe has; `toolkit.run.Run` reads them."""
+
+    epochs: int = option(10, "times that each sample is used", minimum=1)
+    global_batch_size: int = option(32, "samples per step over all workers", minimum=1)
+    batch_size: int | None = option(
+        None, "samples per step and worker instead: the rate is scaled by the number of workers", minimum=1
+    )
+    accumulation_steps: int = option(
+        1, "passes that a worker cuts its part of a global batch into", minimum=1
+    )
+    learning_rate: float = option(
+        0.02, "for the global batch size, or for one worker's --batch-size", above=0
+    )
+    warmup_epochs: float = option(1.0, "length of the warm-up where --batch-size scales the rate", minimum=0)
+    seed: int = option(0, "for initial weights and the order of the samples", minimum=0)
+    output: Path | None = option(
+        None, "directory for checkpoints and metrics.jsonl (default: a new one under runs/)"
+    )
+    resume: bool = option(False, "continue the run in --output, or the latest run under runs/")
+    keep: int = option(3, "checkpoints to keep", minimum=1)
+    checkpoint_every: int = option(1, "epochs between checkpoints; the last epoch has one always", minimum=1)
+    print_every: int = option(1, "epochs between printed lines", minimum=1)
+    max_steps: int | None = option(None, "end after this many steps", minimum=1)
+    no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
+    verbose: bool = option(False, "print the chosen settings with their reasons")
+
+    def samples_per_step(self, world: World) -> int:
+        """The global batch size in samples."""
+        return self.batch_size * world.size if self.batch_size else self.global_batch_size
+
+    def rate_scale(self, world: World) -> float:
+        """How much larger the global batch is than the one that `learning_rate` is for."""
+        return schedule.linear_scale(self.samples_per_step(world), self.batch_size or self.global_batch_size)
+
+
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], description: str | None, arguments: list[str] | None = None) -> Options:
+    """Parse the command line into a `kind`; what is wrong with it is one line and exit code 2.
+
+    Under a launcher only rank 0 prints the line: all workers have the same command line.
+    """
+    parser = _Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        _add_flag(parser, field, hints[field.name])
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    values = vars(parser.parse_args(given))
+    if "--batch-size" in _flags(given) and "--global-batch-size" in _flags(given):
+        parser.error("both --batch-size and --global-batch-size are given: choose one of them.")
+    return kind(**values)
+
+
+def _flags(arguments: list[str]) -> set[str]:
+    return {argument.split("=")[0] for argument in arguments}
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    names = ["-v", flag] if flag == "--verbose" else [flag]
+    help_line = field.metadata["help"].replace("%", "%%")
+    if hint is bool:
+        parser.add_argument(*names, action="store_true", help=help_line)
+        return
+    base = next(t for t in typing.get_args(hint) if t is not type(None)) if _is_union(hint) else hint
+    shown = "" if field.default is None else f" (default: {field.default})"
+    convert = _converter(flag, base, field.metadata["minimum"], field.metadata["above"])
+    parser.add_argument(
+        *names, type=convert, default=field.default, metavar=base.__name__.upper(), help=help_line + shown
+    )
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _converter(flag: str, base: type, minimum: float | None, above: float | None) -> Any:
+    accepted = {int: "a whole number", float: "a number"}.get(base, f"a {base.__name__}")
+    if minimum is not None:
+        accepted += f" of at least {minimum}"
+    if above is not None:
+        accepted += f" above {above}"
+
+    def convert(text: str) -> Any:
+        try:
+            value = base(text)
+        except ValueError:
+            value = None
+        out_of_range = value is not None and (
+            (minimum is not None and not minimum <= value < float("inf"))
+            or (above is not None and not above < value < float("inf"))
+        )
+        if value is None or out_of_range:
+            raise argparse.ArgumentTypeError(f"{flag} is {text!r}: give {accepted}.")
+        return value
+
+    return convert
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, on rank 0 only."""
+
+    def error(self, message: str) -> NoReturn:
+        launched = world.from_launcher()
+        if launched is None or launched.rank == 0:
+            unknown = re.match(r"unrecognized arguments: (.*)", message)
+            if unknown:
+                message = f"unknown option {unknown[1]}: --help lists what there is."
+            message = re.sub(r"^argument \S+: (?=--)", "", message)  # the converters name the flag themselves
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)

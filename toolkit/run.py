@@ -1,0 +1,336 @@
+"""What every training loop needs around it: this rank's batches, resume, progress, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from toolkit import checkpoint, schedule
+from toolkit.adapters import Adapter
+from toolkit.errors import UsageError
+from toolkit.options import RunOptions
+from toolkit.progress import Progress
+from toolkit.sharding import Part, Sharding
+from toolkit.world import World
+
+_FLUSH_STEPS = 50  # steps whose losses are averaged over the ranks in one collective operation
+
+
+class Batch(NamedTuple):
+    """This rank's part of a global batch.
+
+    Attributes:
+        x: inputs, shape (n, …), n ≥ 1.
+        y: targets, shape (n, …).
+        weight: what to multiply the mean loss over the n samples with; see `toolkit.sharding`.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    weight: float
+
+
+@dataclass
+class _Position:
+    """Where the run stands; written to every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    epoch_losses: list[float] = field(default_factory=list)  # one a step of the unfinished epoch
+
+
+class Run:
+    """A training run: enter it to start or resume, iterate it for batches, leave it to end.
+
+    Entering gives every rank rank 0's state (or, with `--resume`, the newest whole checkpoint's).
+
+    Args:
+        options: the recipe's options.
+        world: what `start` returned.
+        adapter: the adapter in use.
+        model: the model.
+        optimizer: the distributed optimizer.
+        samples: number of training samples.
+
+    Attributes:
+        name: the script's, which names the default output directory, `runs/<name>-001`.
+        epoch: epochs finished.
+        step: steps taken.
+        sharding: how samples are cut into batches and parts.
+
+    Raises:
+        UsageError: on entering: the output directory holds another run, or there is none to resume.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        world: World,
+        adapter: Adapter,
+        model: Any,
+        optimizer: Any,
+        samples: int,
+    ) -> None:
+        self.options, self.world, self.adapter = options, world, adapter
+        self.model, self.optimizer = model, optimizer
+        self.name = Path(sys.argv[0]).stem
+        batch = min(options.samples_per_step(world), samples)
+        self.sharding = Sharding(samples, batch, world.size, options.seed, options.accumulation_steps)
+        self._at = _Position()
+        self._losses: list[Any] = []  # this pass's or earlier ones' of an unfinished step
+        self._rows: list[dict[str, Any]] = []
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return self._at.epoch
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self._at.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs, or `--max-steps`, are done."""
+        return self.epoch >= self.options.epochs or self.step >= (self.options.max_steps or self.step + 1)
+
+    def __enter__(self) -> Run:
+        self.directory, found = self._agree_on_directory()
+        if found is not None:
+            self.adapter.import_state(self.model, self.optimizer, found.state)
+            self._at = _Position(**found.manifest["position"])
+        self.adapter.broadcast_state(self.model, self.optimizer)
+        if self.world.rank == 0:
+            self._open_metrics()
+        self.progress = Progress(self.world, self.options.epochs * self.sharding.steps_per_epoch, self.step)
+        if self.world.rank == 0:
+            begin = f"resumed at epoch {self.epoch}, step {self.step}" if found else "new run"
+            self.progress.line(
+                f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
+                f"{self.sharding.global_batch_size} samples a step"
+            )
+        self._epoch_began = time.perf_counter()
+        return self
+
+    def epochs(self) -> Iterator[int]:
+        """The numbers of the epochs that are left; the loop's body ends with `end_epoch`."""
+        while not self.finished:
+            yield self.epoch
+
+    @property
+    def steps_left_in_epoch(self) -> int:
+        """Steps from here to the end of the current epoch."""
+        return self.sharding.steps_per_epoch - self._at.step_in_epoch
+
+    @property
+    def whole_epochs_until(self) -> int:
+        """The epoch up to which Keras' `fit` can go in one call: the next one after a resume in mid-epoch."""
+        return self.epoch + 1 if self._at.step_in_epoch else self.options.epochs
+
+    def parts_left_in_epoch(self) -> Iterator[Part]:
+        """This rank's passes of the current epoch, from where it stands; plain data, moves nothing on."""
+        order = self.sharding.order(self.epoch)
+        for step in range(self._at.step_in_epoch, self.sharding.steps_per_epoch):
+            batch = self.sharding.global_batch(order, step)
+            for accumulation_pass in range(self.options.accumulation_steps):
+                yield self.sharding.part(batch, self.world.rank, accumulation_pass)
+
+    def batches(self, data: Any) -> Iterator[Batch]:
+        """This rank's batches of the current epoch, from where it stands; `log` is called once for each.
+
+        Args:
+            data: holds numpy arrays `x` and `y` of `samples` rows each.
+        """
+        for part in self.parts_left_in_epoch():
+            yield Batch(data.x[part.indices], data.y[part.indices], part.weight)
+            if self.finished:
+                return
+
+    def learning_rate(self) -> float:
+        """The rate for the coming step: scaled with the global batch, warmed up to it."""
+        scale = self.options.rate_scale(self.world)
+        warmup_steps = round(self.options.warmup_epochs * self.sharding.steps_per_epoch)
+        return self.options.learning_rate * scale * schedule.warmup(self.step, warmup_steps, 1 / scale)
+
+    def log(self, *, loss: Any) -> None:
+        """Note the weighted loss of the pass just done; the last pass of a step ends the step.
+
+        Args:
+            loss: a number or a scalar tensor; averaged over ranks and written with the step's row.
+        """
+        self._losses.append(loss.detach() if hasattr(loss, "detach") else loss)
+        if len(self._losses) < self.options.accumulation_steps:
+            return
+        rate = self.learning_rate()
+        self._at.step += 1
+        self._at.step_in_epoch += 1
+        self._rows.append(
+            {"epoch": self.epoch + 1, "step": self.step, "learning_rate": rate, "loss": self._losses}
+        )
+        self._losses = []
+        self.progress.advance(self.epoch)
+        if len(self._rows) >= _FLUSH_STEPS:
+            self._flush()
+
+    def end_epoch(self, **metrics: float) -> dict[str, float]:
+        """End an epoch: print its line, write its row and, when due, a checkpoint.
+
+        Args:
+            metrics: values of the whole epoch, the same on all ranks, such as `test_accuracy`.
+
+        Returns:
+            The epoch's row, with `train_loss`: the mean over its steps. Empty where `--max-steps`
+            ended the run within the epoch.
+        """
+        self._flush()
+        if self.steps_left_in_epoch > 0:  # --max-steps ends the run here
+            self.save()
+            return {}
+        loss = float(np.mean(self._at.epoch_losses))
+        self._at = _Position(self.epoch + 1, self.step)
+        seconds = time.perf_counter() - self._epoch_began
+        self._epoch_began = time.perf_counter()
+        row: dict[str, float] = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": loss,
+            **metrics,
+            "seconds": round(seconds, 4),
+        }
+        self._write_row("epoch", row)
+        if self.finished or self.epoch % self.options.print_every == 0:
+            shown = {"loss": loss, **metrics}
+            text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+            self.progress.line(f"epoch {self.epoch}/{self.options.epochs}  {text}  {seconds:.2f} s")
+        if self.finished or self.epoch % self.options.checkpoint_every == 0:
+            self.save()
+        return row
+
+    def save(self) -> Path:
+        """Rank 0 writes a checkpoint of this moment; all ranks call it."""
+        path = self.directory / f"step-{self.step:08d}"
+        if self.world.rank == 0:
+            state = self.adapter.export_state(self.model, self.optimizer)
+            manifest = {
+                **self._identity(),
+                "world_size": self.world.size,
+                "position": asdict(self._at),
+            }
+            path = checkpoint.write(self.directory, self.step, state, manifest, self.options.keep)
+        return path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.close()
+        if kind is None and self.world.rank == 0:
+            newest = checkpoint.steps(self.directory)
+            self.progress.line(f"checkpoint: {newest[-1]}" if newest else "no checkpoint was written")
+        if self.world.rank == 0:
+            self._metrics.close()
+
+    def _flush(self) -> None:
+        """Average the noted losses over the ranks; rank 0 writes the rows."""
+        if not self._rows:
+            return
+        local = np.array([np.mean([float(loss) for loss in row["loss"]]) for row in self._rows])
+        losses = self.adapter.average({"loss": local})["loss"]
+        for row, loss in zip(self._rows, losses, strict=True):  # type: ignore[arg-type]
+            self._at.epoch_losses.append(float(loss))
+            self._write_row("step", {**row, "loss": float(loss)})
+        self._rows = []
+
+    def _write_row(self, kind: str, row: dict[str, Any]) -> None:
+        if self.world.rank == 0:
+            self._metrics.write(json.dumps({"kind": kind, **row}) + "\n")
+            self._metrics.flush()
+
+    def _agree_on_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
+        """Rank 0 finds the output directory and what to resume; every rank gets its answer."""
+        answer: Any = None
+        if self.world.rank == 0:
+            try:
+                answer = self._find_directory()
+            except UsageError as error:
+                answer = error
+        answer = self.adapter.gather(answer)[0]
+        if isinstance(answer, UsageError):
+            raise answer
+        return answer
+
+    def _find_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
+        options, runs = self.options, Path("runs")
+        numbered = sorted(p for p in runs.glob(f"{self.name}-[0-9][0-9][0-9]*") if p.is_dir())
+        if options.resume:
+            directory = options.output or (numbered[-1] if numbered else None)
+            if directory is None:
+                raise UsageError(
+                    f"--resume found no run of {self.name} under {runs}/: name one with --output."
+                )
+            found = checkpoint.newest(directory)
+            if found is None:
+                raise UsageError(
+                    f"--resume found no whole checkpoint in {directory}: run without --resume to begin anew."
+                )
+            self._check_same_run(found)
+            return directory, found
+        if options.output is None:
+            last = int(numbered[-1].name.rsplit("-", 1)[1]) if numbered else 0
+            directory = runs / f"{self.name}-{last + 1:03d}"
+        else:
+            directory = options.output
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UsageError(
+                f"{directory} is not an empty directory: choose another --output, or add --resume."
+            )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output {directory} can't be made: {error.strerror}.") from None
+        return directory, None
+
+    def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
+        """Refuse to continue a run whose position would mean other samples here."""
+        for key, value in self._identity().items():
+            if found.manifest.get(key) != value:
+                raise UsageError(
+                    f"--resume: {found.path} was made with {key} {found.manifest.get(key)}, "
+                    f"this run has {key} {value}: give the options that it was made with."
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be alike for a position to mean the same samples."""
+        return {
+            "recipe": self.name,
+            "seed": self.options.seed,
+            "global_batch_size": self.sharding.global_batch_size,
+            "samples": self.sharding.samples,
+        }
+
+    def _open_metrics(self) -> None:
+        """Open metrics.jsonl for more rows; rows after the resumed step are written again."""
+        path = self.directory / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if self._is_past(line)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, path)
+        self._metrics = path.open("a")
+
+    def _is_past(self, line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= self.step
+        except (ValueError, KeyError, TypeError):
+            return False  # a row that a killed run left unfinished
