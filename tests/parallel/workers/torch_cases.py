@@ -1,0 +1,405 @@
+"""Cases for the torch adapter, run by every rank.
+
+The reference is plain torch on the whole batch, in the same process. Each case prints `passed <case>` on rank 0 once every rank has come through it.
+"""
+
+import copy
+import inspect
+
+import numpy as np
+import torch
+
+import toolkit.adapters.torch as dp
+from toolkit.errors import UsageError
+from toolkit.sharding import Sharding
+
+WORLD = dp.start(seed=1)
+OPTIMIZERS = [
+    kind
+    for _, kind in inspect.getmembers(torch.optim, inspect.isclass)
+    if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+]
+SAMPLES = 7  # not a multiple of the ranks: unequal parts
+CASES = []
+
+
+def case(function):
+    CASES.append(function)
+    return function
+
+
+class Net(torch.nn.Module):
+    """Only matrices where Muon needs it; a sparse embedding where SparseAdam does."""
+
+    def __init__(self, kind=None):
+        super().__init__()
+        bias = kind is not torch.optim.Muon
+        self.embedding = torch.nn.Embedding(9, 4, sparse=True) if kind is torch.optim.SparseAdam else None
+        self.first = torch.nn.Linear(4, 5, bias=bias)
+        self.second = torch.nn.Linear(5, 1, bias=bias)
+
+    def forward(self, x):
+        if self.embedding is not None:
+            return self.embedding(x.argmax(1)).sum(1, keepdim=True)
+        return self.second(torch.tanh(self.first(x)))
+
+    def trained(self):
+        return [self.embedding.weight] if self.embedding is not None else list(self.parameters())
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(SAMPLES, 4, generator=generator), torch.randn(SAMPLES, 1, generator=generator)
+
+
+def mine(step, accumulation_steps=1):
+    """This rank's passes of a step: (x, y, weight)."""
+    x, y = batch(step)
+    sharding = Sharding(SAMPLES, SAMPLES, WORLD.size, accumulation_steps=accumulation_steps)
+    for number in range(accumulation_steps):
+        part = sharding.part(np.arange(SAMPLES), WORLD.rank, number)
+        yield x[part.indices], y[part.indices], part.weight
+
+
+def loss_of(model, x, y):
+    return (model(x) - y).square().mean()
+
+
+def train(model, optimizer, data, steps=5, clip=None):
+    """The loop of a script for one process; `data(step)` yields (x, y, weight)."""
+    for step in range(steps):
+        for x, y, weight in data(step):
+
+            def closure(x=x, y=y, weight=weight):
+                optimizer.zero_grad()
+                loss = loss_of(model, x, y) * weight
+                loss.backward()
+                return loss
+
+            if isinstance(optimizer, torch.optim.LBFGS):
+                optimizer.step(closure)
+                continue
+            closure()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+
+
+def whole(step):
+    return [(*batch(step), 1.0)]
+
+
+def equal_on_all_ranks(model, optimizer=None):
+    digests = dp.gather(dp.digest(model, optimizer))
+    return all(other == digests[0] for other in digests)
+
+
+def assert_close(model, reference, tolerance=1e-5):
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=tolerance, atol=tolerance), (name, (p - q).abs().max())
+
+
+def new(kind, seed=0, **options):
+    torch.manual_seed(seed)
+    model = Net(kind)
+    return model, kind(model.trained(), **({"lr": 0.05} | options))
+
+
+def raises(function, *texts):
+    try:
+        function()
+    except UsageError as error:
+        assert "\n" not in str(error)
+        assert all(text in str(error) for text in texts), str(error)
+        return
+    raise AssertionError(f"no UsageError with {texts}")
+
+
+@case
+def control_without_distribute_ranks_part():
+    model, optimizer = new(torch.optim.SGD)
+    train(model, optimizer, mine)
+    assert WORLD.size == 1 or not equal_on_all_ranks(model), (
+        "the data can't show whether gradients are averaged"
+    )
+
+
+@case
+def every_optimizer_equals_one_process():
+    assert len(OPTIMIZERS) >= 14
+    for kind in OPTIMIZERS:
+        options = {"line_search_fn": "strong_wolfe"} if kind is torch.optim.LBFGS else {}
+        # A step of LBFGS is 20 evaluations; after several, rounding takes its line search another way.
+        steps = 1 if kind is torch.optim.LBFGS else 5
+        reference, plain = new(kind, **options)
+        train(reference, plain, whole, steps)
+        model, optimizer = new(kind, seed=WORLD.rank, **options)
+        optimizer = dp.distribute(optimizer, model)
+        assert isinstance(optimizer, kind)
+        dp.broadcast_state(model, optimizer)
+        train(model, optimizer, mine, steps)
+        assert_close(model, reference)
+        train(model, optimizer, mine)
+        assert equal_on_all_ranks(model, optimizer), kind
+
+
+@case
+def state_round_trips_and_training_goes_on_to_the_same_bits():
+    for kind in OPTIMIZERS:
+        model, optimizer = new(kind)
+        optimizer = dp.distribute(optimizer, model)
+        train(model, optimizer, mine, steps=2)
+        saved = dp.export_state(model, optimizer)
+        train(model, optimizer, mine, steps=2)
+        expected = dp.digest(model, optimizer)
+        model, optimizer = new(kind, seed=5, lr=0.7)
+        optimizer = dp.distribute(optimizer, model)
+        dp.import_state(model, optimizer, saved)
+        train(model, optimizer, mine, steps=2)
+        assert dp.digest(model, optimizer) == expected, kind
+
+
+@case
+def import_refuses_what_does_not_fit_and_changes_nothing():
+    model, optimizer = new(torch.optim.Adam)
+    dp.distribute(optimizer, model)
+    train(model, optimizer, mine, steps=1)
+    before, saved = dp.digest(model, optimizer), dp.export_state(model, optimizer)
+    raises(
+        lambda: dp.import_state(model, optimizer, {**saved, "model/first.bias": np.zeros(6, "f4")}),
+        "first.bias",
+        "[6]",
+        "[5]",
+    )
+    raises(
+        lambda: dp.import_state(
+            model, optimizer, {k: v for k, v in saved.items() if k != "model/second.weight"}
+        ),
+        "second.weight is missing",
+    )
+    raises(
+        lambda: dp.import_state(model, optimizer, {**saved, "optimizer/state/third.bias/step": np.zeros(())}),
+        "third.bias",
+    )
+    raises(
+        lambda: dp.import_state(
+            model, optimizer, {**saved, "optimizer/state/first.bias/exp_avg": np.zeros(6, "f4")}
+        ),
+        "first.bias",
+    )
+    assert dp.digest(model, optimizer) == before
+
+
+@case
+def broadcast_gives_rank_0s_bits():
+    torch.manual_seed(WORLD.rank)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    optimizer = torch.optim.Adam(
+        [
+            {"params": model[0].parameters(), "lr": 0.1},
+            {"params": [*model[1].parameters(), *model[2].parameters()], "lr": 0.01 * (1 + WORLD.rank)},
+        ]
+    )
+    for step in range(WORLD.rank + 1):
+        train(model, optimizer, whole, steps=1 + step)
+    expected = dp.gather(dp.digest(model, optimizer))[0]
+    assert WORLD.rank == 0 or dp.digest(model, optimizer) != expected
+    optimizer = dp.distribute(optimizer, model)
+    dp.broadcast_state(model, optimizer)
+    assert dp.digest(model, optimizer) == expected
+    assert any(name.endswith("running_var") for name in expected)
+
+
+@case
+def accumulation_is_the_mean_over_the_global_batch():
+    for kind in (torch.optim.SGD, torch.optim.Adam):
+        reference, plain = new(kind)
+        train(reference, plain, whole)
+        model, optimizer = new(kind)
+        optimizer = dp.distribute(optimizer, model, accumulation_steps=3)
+        train(model, optimizer, lambda step: mine(step, 3))
+        assert equal_on_all_ranks(model, optimizer)
+        assert_close(model, reference)
+
+
+@case
+def flush_applies_the_tail_as_a_mean():
+    reference, plain = new(torch.optim.SGD)
+    (sum(loss_of(reference, *batch(step)) for step in range(2)) / 2).backward()
+    plain.step()
+    model, optimizer = new(torch.optim.SGD)
+    optimizer = dp.distribute(optimizer, model, accumulation_steps=5)
+    train(model, optimizer, mine, steps=2)
+    optimizer.flush()
+    assert_close(model, reference)
+    train(reference, plain, whole, steps=1)
+    before = [p.clone() for p in model.parameters()]
+    train(model, optimizer, mine, steps=1)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)), (
+        "one pass of five is no step"
+    )
+
+
+@case
+def gradients_cleared_behind_an_accumulation_are_refused():
+    model, optimizer = new(torch.optim.SGD)
+    optimizer = dp.distribute(optimizer, model, accumulation_steps=2)
+    x, y = batch(0)
+    loss_of(model, x, y).backward()
+    optimizer.step()
+    model.zero_grad()
+    raises(loss_of(model, x, y).backward, "zero_grad")
+
+
+@case
+def clipping_acts_on_the_averaged_gradients():
+    reference, plain = new(torch.optim.SGD, lr=0.5)
+    train(reference, plain, whole, clip=0.1)
+    unclipped, plain = new(torch.optim.SGD, lr=0.5)
+    train(unclipped, plain, whole)
+    ours, optimizer = new(torch.optim.SGD, lr=0.5)
+    train(ours, dp.distribute(optimizer, ours, clip_norm=0.1), mine)
+    own, optimizer = new(torch.optim.SGD, lr=0.5)
+    train(own, dp.distribute(optimizer, own), mine, clip=0.1)  # the script's own line works as in one process
+    for model in (ours, own):
+        assert equal_on_all_ranks(model)
+        assert_close(model, reference)
+    assert any(
+        not torch.allclose(p, q) for p, q in zip(ours.parameters(), unclipped.parameters(), strict=True)
+    )
+
+
+@case
+def loss_scaling_averages_before_it_looks_for_overflow():
+    model, optimizer = new(torch.optim.SGD)
+    optimizer = dp.distribute(optimizer, model, clip_norm=0.1)
+    reference, plain = new(torch.optim.SGD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        ((x, y, weight),) = mine(step)
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y) * weight
+        if step == 2 and WORLD.rank == WORLD.size - 1:
+            loss = loss * float("inf")  # overflow on one rank only
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 2:
+            train(reference, plain, lambda _, step=step: whole(step), steps=1, clip=0.1)
+        assert dp.gather(scaler.get_scale()) == [1024.0 if step < 2 else 512.0] * WORLD.size
+    assert equal_on_all_ranks(model)
+    assert_close(model, reference)
+    raises(lambda: half_accumulated_scaler_step(), "GradScaler.step()")
+
+
+def half_accumulated_scaler_step():
+    model, optimizer = new(torch.optim.SGD)
+    optimizer = dp.distribute(optimizer, model, accumulation_steps=2)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, *batch(0))).backward()
+    scaler.step(optimizer)
+
+
+@case
+def a_parameter_without_gradient_counts_as_zero_or_stays():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 1) for name in ("always", "sometimes", "never")})
+    optimizer = dp.distribute(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5), model)
+    start = copy.deepcopy(model.state_dict())
+    x, _ = batch(0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model["always"](x).mean()
+        if WORLD.rank == 0:
+            loss = loss + model["sometimes"](x).mean()
+        loss.backward()
+        if WORLD.rank == 0:
+            assert torch.allclose(model["sometimes"].bias.grad, torch.full((1,), 1 / WORLD.size))
+        optimizer.step()
+    assert equal_on_all_ranks(model, optimizer)
+    assert torch.equal(model["never"].weight, start["never.weight"]), (
+        "no gradient anywhere: not even weight decay"
+    )
+    assert not torch.equal(model["sometimes"].weight, start["sometimes.weight"])
+
+
+@case
+def gradients_set_by_hand_are_averaged_in_step():
+    model, optimizer = new(torch.optim.SGD, lr=1.0)
+    optimizer = dp.distribute(optimizer, model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float(WORLD.rank))
+    optimizer.step()
+    mean = (WORLD.size - 1) / 2
+    assert all(torch.allclose(p, q - mean) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@case
+def compression_is_close_and_alike():
+    reference, plain = new(torch.optim.SGD)
+    train(reference, plain, whole)
+    model, optimizer = new(torch.optim.SGD)
+    train(model, dp.distribute(optimizer, model, compression="fp16"), mine)
+    assert equal_on_all_ranks(model)
+    assert_close(model, reference, 1e-3)
+
+
+@case
+def schedulers_freezing_and_new_groups_work():
+    model, optimizer = new(torch.optim.SGD)
+    model.first.requires_grad_(False)
+    optimizer = dp.distribute(optimizer, model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    train(model, optimizer, mine, steps=1)
+    scheduler.step()
+    model.first.requires_grad_(True)
+    train(model, optimizer, mine, steps=2)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    assert equal_on_all_ranks(model, optimizer)
+    model = Net()
+    optimizer = dp.distribute(torch.optim.SGD(model.first.parameters(), lr=0.1), model)
+    dp.broadcast_state(model, optimizer)
+    optimizer.add_param_group({"params": list(model.second.parameters())})
+    train(model, optimizer, mine)
+    assert equal_on_all_ranks(model, optimizer)
+    raises(lambda: optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]}), "[3]")
+
+
+@case
+def averages_are_weighted():
+    r, n = WORLD.rank, WORLD.size
+    found = dp.average({"a": float(r), "b": np.array([[1.0, r]])}, weight=r + 1)
+    weights = np.arange(1, n + 1)
+    assert np.isclose(found["a"], np.average(np.arange(n), weights=weights))
+    assert np.allclose(found["b"], [[1.0, found["a"]]]) and isinstance(found["a"], float)
+    if n > 1:
+        assert dp.average({"a": float("nan") if r == 0 else 2.0}, weight=0 if r == 0 else 1)["a"] == 2.0
+    assert np.isnan(dp.average({"a": 1.0}, weight=0)["a"])
+    assert dp.gather({"rank": r}) == [{"rank": i} for i in range(n)]
+    raises(lambda: dp.average({"a": 1.0}, weight=-1), "-1")
+
+
+@case
+def mistakes_get_one_clear_line():
+    model, optimizer = new(torch.optim.SGD)
+    raises(lambda: dp.distribute("sgd", model), "str", "torch.optim.Optimizer")
+    raises(lambda: dp.distribute(optimizer, None), "NoneType")
+    raises(lambda: dp.distribute(optimizer, Net()), "not a parameter of the model")
+    raises(lambda: dp.distribute(optimizer, model, accumulation_steps=0), "accumulation_steps is 0")
+    raises(lambda: dp.distribute(optimizer, model, clip_norm=-1.0), "clip_norm is -1.0")
+    raises(lambda: dp.distribute(optimizer, model, compression="zip"), "'zip'", "none, fp16")
+    _, scheduled = new(torch.optim.SGD)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    raises(lambda: dp.distribute(optimizer, model), "create it after")
+    model, optimizer = new(torch.optim.SGD)
+    dp.distribute(optimizer, model)
+    raises(lambda: dp.distribute(optimizer, model), "distributed already")
+
+
+if __name__ == "__main__":
+    for function in CASES:
+        function()
+        if all(dp.gather(True)) and WORLD.rank == 0:
+            print("passed", function.__name__, flush=True)
+    dp.stop()

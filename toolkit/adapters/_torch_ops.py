@@ -1,0 +1,71 @@
+"""Averaging of torch gradients over all ranks, for the torch adapter and for Keras on torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+
+COMPRESSORS = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
+
+
+def average_gradients(
+    gradients: Sequence[torch.Tensor | None],
+    parameters: Sequence[torch.Tensor],
+    *,
+    sparse: Sequence[bool] | None = None,
+    compression: str = "none",
+    name: str,
+) -> list[torch.Tensor | None]:
+    """The mean of each gradient over all ranks.
+
+    A gradient missing (None) on some ranks counts as zero there; one missing on every rank stays None.
+    Which are missing travels in the same grouped all-reduce, as one more small tensor.
+
+    Args:
+        gradients: one per parameter, of its shape; a dense one may be averaged in place.
+        parameters: what the gradients belong to, alike on all ranks.
+        sparse: which gradients are sparse tensors, alike on all ranks; None: none is.
+        compression: a key of `COMPRESSORS`; sparse gradients travel uncompressed.
+        name: names the collective operation; the same on all ranks.
+    """
+    sparse = sparse or [False] * len(parameters)
+    present = torch.tensor(
+        [g is not None for g in gradients], dtype=torch.float32, device=parameters[0].device
+    )
+    dense = [
+        (torch.zeros_like(p) if g is None else g.to_dense()).contiguous()
+        for g, p, is_sparse in zip(gradients, parameters, sparse, strict=True)
+        if not is_sparse
+    ]
+    packed = [COMPRESSORS[compression].compress(g) for g in dense]
+    reduced = hvd.grouped_allreduce([present, *(tensor for tensor, _ in packed)], name=name, op=hvd.Average)
+    present = reduced[0]
+    dense_means = iter(
+        COMPRESSORS[compression].decompress(tensor, context)
+        for tensor, (_, context) in zip(reduced[1:], packed, strict=True)
+    )
+    means: list[torch.Tensor | None] = []
+    for i, (gradient, parameter, is_sparse) in enumerate(zip(gradients, parameters, sparse, strict=True)):
+        mean = _average_sparse(gradient, parameter, f"{name}.sparse{i}") if is_sparse else next(dense_means)
+        means.append(mean if present[i] > 0 else None)
+    return means
+
+
+def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, name: str) -> torch.Tensor:
+    """The mean of a sparse COO gradient over all ranks, by gathering every rank's rows."""
+    if gradient is None:
+        gradient = torch.zeros_like(parameter).to_sparse(1)
+    gradient = gradient.coalesce()
+    # Horovod gathers along the first dimension, which may differ in length between ranks.
+    indices = hvd.allgather(gradient.indices().t().contiguous(), name=f"{name}.indices")
+    values = hvd.allgather(gradient.values().contiguous(), name=f"{name}.values")
+    mean = torch.sparse_coo_tensor(indices.t(), values / hvd.size(), parameter.shape, check_invariants=True)
+    return mean.coalesce()
+
+
+def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
+    """The sum of a float64 vector over all ranks."""
+    return hvd.allreduce(torch.from_numpy(vector), op=hvd.Sum, name="hvdkit.sum").numpy()
