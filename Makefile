@@ -1,0 +1,104 @@
+# `make` lists what there is. Every value can be given on the command line: make train NP=4
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+# What `make setup` was told last; a value on the command line comes first.
+-include $(VENV)/choice.mk
+FRAMEWORKS ?= torch,tensorflow,keras
+MPI ?= pypi
+
+RECIPE ?= cnn
+NP ?= 2
+LAUNCHER ?= horovodrun
+HOSTFILE ?=
+ARGS ?=
+
+comma := ,
+empty :=
+space := $(empty) $(empty)
+wanted := $(subst $(comma),$(space),$(FRAMEWORKS))
+buildable := $(filter torch tensorflow,$(wanted))
+FRAMEWORK ?= $(firstword $(buildable))
+
+# --- one line for a wrong value, before anything is done
+
+refuse_unless = $(if $(filter $(2),$($(1))),,$(error $(1)=$($(1)): choose $(3)))
+
+ifneq ($(filter setup train test lint,$(MAKECMDGOALS)),)
+  $(foreach name,$(filter-out torch tensorflow keras,$(wanted)),\
+    $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
+  $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
+  $(call refuse_unless,MPI,pypi system,pypi (Open MPI from PyPI) or system (the mpicxx on the PATH))
+endif
+ifneq ($(filter train,$(MAKECMDGOALS)),)
+  $(call refuse_unless,RECIPE,cnn linear_regression,cnn or linear_regression)
+  $(call refuse_unless,FRAMEWORK,torch tensorflow keras,torch$(comma) tensorflow or keras)
+  $(call refuse_unless,LAUNCHER,horovodrun mpirun none,horovodrun$(comma) mpirun or none (one process))
+  $(if $(filter $(FRAMEWORK),$(wanted)),,$(error FRAMEWORK=$(FRAMEWORK) is not among those set up \
+    ($(FRAMEWORKS)): run `make setup FRAMEWORKS=$(FRAMEWORKS)$(comma)$(FRAMEWORK)`))
+  ifneq ($(shell [[ "$(NP)" =~ ^[1-9][0-9]{0,4}$$ ]] && echo whole),whole)
+    $(error NP=$(NP): give the number of workers, 1 or more)
+  endif
+  ifneq ($(HOSTFILE),)
+    $(if $(wildcard $(HOSTFILE)),,$(error HOSTFILE=$(HOSTFILE): there is no such file))
+  endif
+  ifeq ($(LAUNCHER),none)
+    $(if $(filter command,$(word 1,$(origin NP))),$(if $(filter 1,$(NP)),,\
+      $(error LAUNCHER=none starts one process: leave out NP=$(NP)$(comma) or choose horovodrun or mpirun)))
+    $(if $(HOSTFILE),$(error LAUNCHER=none starts one process here: leave out HOSTFILE=$(HOSTFILE)))
+  endif
+endif
+
+# --- targets
+
+.PHONY: help setup train test lint
+
+help:
+	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
+	@echo '             LAUNCHER=horovodrun|mpirun|none  HOSTFILE=hostfiles/localhost  ARGS="--epochs 3"'
+	@echo 'make test    set up, then lint and every test'
+	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
+	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
+	@echo 'make lint    ruff and mypy'
+
+extras := $(subst $(space),$(comma),$(strip $(wanted) recipes test horovod-build $(if $(filter pypi,$(MPI)),mpi)))
+stamp := $(VENV)/hvdkit-setup-$(subst $(space),-,$(sort $(wanted)))-$(MPI)
+log := $(VENV)/setup.log
+
+setup: $(stamp)
+	$(if $(filter setup,$(MAKECMDGOALS)),@echo 'set up in $(VENV): $(FRAMEWORKS); MPI=$(MPI)',@:)
+
+$(stamp): pyproject.toml $(wildcard toolkit/horovod_build/*.py toolkit/horovod_build/*.cmake)
+	@command -v $(PYTHON) > /dev/null || { echo "PYTHON=$(PYTHON) is not found: name a Python 3.10 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("PYTHON=$(PYTHON) is Python %d.%d: name a 3.10 or newer" % sys.version_info[:2])'
+	@$(PYTHON) -m toolkit.horovod_build --check-tools --mpi $(MPI)
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) \
+	  || { echo "$(PYTHON) makes no virtual environment (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@rm -f $(VENV)/hvdkit-setup-*
+	@printf 'installing   $(FRAMEWORKS) and the toolkit from PyPI; log $(log)'
+	@$(VENV)/bin/python -m pip install --editable '.[$(extras)]' > $(log) 2>&1 && echo ' ✓' \
+	  || { echo ' failed:'; $(PYTHON) -m toolkit.horovod_build.logged $(log); exit 1; }
+	@$(VENV)/bin/python -m toolkit.horovod_build --frameworks $(subst $(space),$(comma),$(buildable)) --mpi $(MPI)
+	@printf 'FRAMEWORKS ?= $(FRAMEWORKS)\nMPI ?= $(MPI)\n' > $(VENV)/choice.mk
+	@touch $@
+
+# Keras takes TensorFlow unless told otherwise.
+backend := $(if $(filter keras,$(FRAMEWORK)),$(if $(filter tensorflow,$(wanted)),,KERAS_BACKEND=torch ))
+hosts := $(if $(HOSTFILE),--hostfile $(HOSTFILE) )
+launch_horovodrun := horovodrun -np $(NP) $(hosts)
+launch_mpirun := mpirun -np $(NP) $(hosts)
+command := $(backend)$(launch_$(LAUNCHER))python recipes/$(RECIPE)_$(FRAMEWORK).py$(if $(ARGS), $(ARGS))
+
+train: setup
+	@echo 'source $(VENV)/bin/activate; $(command)'
+	@source $(VENV)/bin/activate && $(command)
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+test: lint
+	@source $(VENV)/bin/activate && python -m pytest $(ARGS)

@@ -1,0 +1,1 @@
+"""Builds Horovod against the installed frameworks: ``python -m toolkit.horovod_build``."""

@@ -1,0 +1,39 @@
+# Read by CMake right after Horovod's own `project()` call (CMAKE_PROJECT_INCLUDE), so that
+# Horovod 0.28.1 builds against today's frameworks without an edit of its source.
+
+# A CPU build, whatever CUDA toolkit this machine has or lacks. Defined but false skips
+# Horovod's search for a CUDA compiler.
+set(CMAKE_CUDA_COMPILER "CMAKE_CUDA_COMPILER-NOTFOUND")
+set(CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit ON)
+
+# Horovod asks for RelWithDebInfo; without debug information the wheel is a tenth of the size.
+set(CMAKE_C_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
+set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
+
+# Waits until Horovod has defined its targets.
+function(hvdkit_adjust_targets)
+  # Torch and TensorFlow headers are C++17, and a C++14 gloo then fails to link
+  # ("multiple definition of gloo::rendezvous::Store::kDefaultTimeout").
+  foreach(target pytorch tensorflow gloo)
+    if(TARGET ${target})
+      set_target_properties(${target} PROPERTIES CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON)
+    endif()
+  endforeach()
+
+  # Serves only HOROVOD_ENABLE_XLA_OPS and needs headers that TensorFlow no longer ships.
+  if(TARGET tensorflow)
+    get_target_property(sources tensorflow SOURCES)
+    list(FILTER sources EXCLUDE REGEX "xla_mpi_ops\\.cc$")
+    set_target_properties(tensorflow PROPERTIES SOURCES "${sources}")
+  endif()
+
+  # Where the built libraries look for libmpi, instead of the paths of the building environment.
+  foreach(target pytorch tensorflow)
+    if(TARGET ${target})
+      set_target_properties(${target} PROPERTIES
+        BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ENV{HVDKIT_MPI_RPATH}")
+    endif()
+  endforeach()
+endfunction()
+
+cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL hvdkit_adjust_targets)
