@@ -53,7 +53,9 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.clear()
-        print(text.ljust(_WIDTH) if self._bar is not None else text, flush=True)
+        # In one write: a launcher may put a tag before each piece that it reads.
+        sys.stdout.write((text.ljust(_WIDTH) if self._bar is not None else text) + "\n")
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Remove the bar."""

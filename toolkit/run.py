@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class _Position:
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
-    epoch_losses: list[float] = field(default_factory=list)  # one a step of the unfinished epoch
+    loss_sum: float = 0.0  # over the steps of the unfinished epoch
 
 
 class Run:
@@ -126,7 +126,12 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left; the loop's body ends with `end_epoch`."""
         while not self.finished:
-            yield self.epoch
+            number = self.epoch
+            yield number
+            if self.epoch == number and not self.finished:
+                raise RuntimeError(
+                    "the epoch's loop did not call run.end_epoch(): call it once after the batches."
+                )
 
     @property
     def steps_left_in_epoch(self) -> int:
@@ -140,11 +145,7 @@ class Run:
 
     def parts_left_in_epoch(self) -> Iterator[Part]:
         """This rank's passes of the current epoch, from where it stands; plain data, moves nothing on."""
-        order = self.sharding.order(self.epoch)
-        for step in range(self._at.step_in_epoch, self.sharding.steps_per_epoch):
-            batch = self.sharding.global_batch(order, step)
-            for accumulation_pass in range(self.options.accumulation_steps):
-                yield self.sharding.part(batch, self.world.rank, accumulation_pass)
+        return self.sharding.parts(self.epoch, self.world.rank, self._at.step_in_epoch)
 
     def batches(self, data: Any) -> Iterator[Batch]:
         """This rank's batches of the current epoch, from where it stands; `log` is called once for each.
@@ -153,7 +154,10 @@ class Run:
             data: holds numpy arrays `x` and `y` of `samples` rows each.
         """
         for part in self.parts_left_in_epoch():
+            logged = (self.step, len(self._losses))
             yield Batch(data.x[part.indices], data.y[part.indices], part.weight)
+            if (self.step, len(self._losses)) == logged:
+                raise RuntimeError("the loop did not call run.log(loss=…): call it once for each batch.")
             if self.finished:
                 return
 
@@ -197,7 +201,7 @@ class Run:
         if self.steps_left_in_epoch > 0:  # --max-steps ends the run here
             self.save()
             return {}
-        loss = float(np.mean(self._at.epoch_losses))
+        loss = self._at.loss_sum / self.sharding.steps_per_epoch
         self._at = _Position(self.epoch + 1, self.step)
         seconds = time.perf_counter() - self._epoch_began
         self._epoch_began = time.perf_counter()
@@ -247,7 +251,7 @@ class Run:
         local = np.array([np.mean([float(loss) for loss in row["loss"]]) for row in self._rows])
         losses = self.adapter.average({"loss": local})["loss"]
         for row, loss in zip(self._rows, losses, strict=True):  # type: ignore[arg-type]
-            self._at.epoch_losses.append(float(loss))
+            self._at.loss_sum += float(loss)
             self._write_row("step", {**row, "loss": float(loss)})
         self._rows = []
 
@@ -271,9 +275,12 @@ class Run:
 
     def _find_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
         options, runs = self.options, Path("runs")
-        numbered = sorted(p for p in runs.glob(f"{self.name}-[0-9][0-9][0-9]*") if p.is_dir())
+        numbers = [
+            p.name.removeprefix(f"{self.name}-") for p in runs.glob(f"{self.name}-[0-9]*") if p.is_dir()
+        ]
+        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
         if options.resume:
-            directory = options.output or (numbered[-1] if numbered else None)
+            directory = options.output or (runs / f"{self.name}-{last:03d}" if last else None)
             if directory is None:
                 raise UsageError(
                     f"--resume found no run of {self.name} under {runs}/: name one with --output."
@@ -286,7 +293,6 @@ class Run:
             self._check_same_run(found)
             return directory, found
         if options.output is None:
-            last = int(numbered[-1].name.rsplit("-", 1)[1]) if numbered else 0
             directory = runs / f"{self.name}-{last + 1:03d}"
         else:
             directory = options.output

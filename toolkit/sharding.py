@@ -7,6 +7,7 @@ weighted mean losses the exact mean over the global batch. So N workers compute 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,14 @@ class Sharding:
         if len(indices) == 0:
             return Part(batch[:1], 0.0)
         return Part(indices, len(indices) * parts / len(batch))
+
+    def parts(self, epoch: int, rank: int, first_step: int = 0) -> Iterator[Part]:
+        """The rank's parts of an epoch, from a step on: `accumulation_steps` of them for each step."""
+        order = self.order(epoch)
+        for step in range(first_step, self.steps_per_epoch):
+            batch = self.global_batch(order, step)
+            for accumulation_pass in range(self.accumulation_steps):
+                yield self.part(batch, rank, accumulation_pass)
 
 
 def block(samples: int, rank: int, size: int) -> slice:

@@ -19,20 +19,19 @@ shardings = st.builds(
 
 
 def consumed(sharding, epoch):
-    """(step, rank, pass, part) of everything that an epoch's ranks are given."""
-    order = sharding.order(epoch)
-    for step in range(sharding.steps_per_epoch):
-        batch = sharding.global_batch(order, step)
-        for rank in range(sharding.size):
-            for number in range(sharding.accumulation_steps):
-                yield step, rank, number, sharding.part(batch, rank, number)
+    """(step, part) of everything that an epoch's ranks are given."""
+    for rank in range(sharding.size):
+        parts = list(sharding.parts(epoch, rank))
+        assert len(parts) == sharding.steps_per_epoch * sharding.accumulation_steps
+        for number, part in enumerate(parts):
+            yield number // sharding.accumulation_steps, part
 
 
 @settings(max_examples=2000, deadline=None)
 @given(shardings, st.integers(0, 1000))
 def test_every_sample_once_and_no_part_empty(sharding, epoch):
     seen = []
-    for _, _, _, part in consumed(sharding, epoch):
+    for _, part in consumed(sharding, epoch):
         assert len(part.indices) >= 1
         if part.weight:
             seen.extend(part.indices)
@@ -46,7 +45,7 @@ def test_weighted_means_average_to_the_global_mean(sharding, epoch):
     order = sharding.order(epoch)
     passes = sharding.size * sharding.accumulation_steps
     means = np.zeros(sharding.steps_per_epoch)
-    for step, _, _, part in consumed(sharding, epoch):
+    for step, part in consumed(sharding, epoch):
         means[step] += part.weight * values[part.indices].mean() / passes
     for step, mean in enumerate(means):
         size = sharding.global_batch_size
@@ -60,8 +59,15 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(sharding, epoch, si
     assert np.array_equal(sharding.order(epoch), other.order(epoch))
 
 
+@given(shardings, st.integers(0, 9), st.integers(0, 5))
+def test_an_epoch_taken_up_in_the_middle_goes_on_the_same(sharding, epoch, step):
+    whole = [part.indices.tolist() for part in sharding.parts(epoch, 0)]
+    rest = [part.indices.tolist() for part in sharding.parts(epoch, 0, step)]
+    assert rest == whole[step * sharding.accumulation_steps :]
+
+
 def test_equal_parts_weigh_exactly_one():
-    assert {part.weight for *_, part in consumed(Sharding(64, 32, 4, accumulation_steps=2), 0)} == {1.0}
+    assert {part.weight for _, part in consumed(Sharding(64, 32, 4, accumulation_steps=2), 0)} == {1.0}
 
 
 def test_epochs_differ_and_seeds_differ():

@@ -1,0 +1,86 @@
+"""Train a small convolutional network on handwritten digits with PyTorch.
+
+    horovodrun -np 2 python recipes/cnn_torch.py
+    mpirun -np 2 --hostfile hostfiles/localhost python recipes/cnn_torch.py
+    python recipes/cnn_torch.py
+
+Lines marked `# distributed` are what data-parallel training adds to the script for one process.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy, max_pool2d, relu
+
+import toolkit.adapters.torch as dp  # distributed
+from toolkit import datasets, initial_weights
+from toolkit.options import RunOptions, option, parse
+from toolkit.run import Run
+from toolkit.sharding import block
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    momentum: float = option(0.9, "of SGD", minimum=0)
+    data_dir: Path | None = option(
+        None, "directory of MNIST's IDX files, plain or .gz (default: digits of scikit-learn)"
+    )
+
+
+class CNN(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(1, 10, 5)
+        self.conv2 = torch.nn.Conv2d(10, 20, 5)
+        self.fc1 = torch.nn.Linear(320, 50)
+        self.fc2 = torch.nn.Linear(50, 10)
+
+    def forward(self, x):
+        x = max_pool2d(relu(self.conv1(x)), 2)
+        x = max_pool2d(relu(self.conv2(x)), 2)
+        return self.fc2(relu(self.fc1(x.flatten(1))))
+
+
+def tensors(x, y):
+    return torch.from_numpy(x).unsqueeze(1), torch.from_numpy(y)
+
+
+@torch.no_grad()
+def evaluate(model, data, world):
+    mine = block(len(data), world.rank, world.size)  # distributed: this rank's part of the test data
+    x, y = tensors(data.x[mine], data.y[mine])
+    accuracy = (model(x).argmax(1) == y).float().mean().item() if len(y) else 0.0
+    return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
+
+
+def main():
+    options = parse(Options, __doc__)
+    world = dp.start(seed=options.seed, tune=not options.no_tuning, verbose=options.verbose)  # distributed
+    train, test = datasets.digits(options.data_dir)
+
+    model = CNN()
+    weights = initial_weights.cnn(options.seed)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
+    optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
+
+    with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
+        for _ in run.epochs():
+            model.train()
+            for batch in run.batches(train):  # distributed: this rank's part of each global batch
+                for group in optimizer.param_groups:
+                    group["lr"] = run.learning_rate()  # distributed: scaled with the batch, warmed up
+                x, y = tensors(batch.x, batch.y)
+                optimizer.zero_grad()
+                loss = cross_entropy(model(x), y) * batch.weight  # distributed: exact for unequal parts
+                loss.backward()
+                optimizer.step()
+                run.log(loss=loss)
+            model.eval()
+            run.end_epoch(**evaluate(model, test, world))
+    dp.stop()  # distributed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The recipes' commands as users type them: launchers, output, mistakes, failures."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from tests.launching import ROOT, launch
+from toolkit import datasets
+
+TORCH = "recipes/cnn_torch.py"
+
+
+def write_idx(path, array, dims=None, opened=open):
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *(dims or array.shape))
+    with opened(path, "wb") as file:
+        file.write(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A directory in MNIST's own format, of the digits that need no download."""
+    directory = tmp_path / "mnist"
+    directory.mkdir()
+    for part, data in zip(("train", "t10k"), datasets.digits(), strict=True):
+        images = np.round(data.x.reshape(-1, 28, 28) * 255)
+        write_idx(directory / f"{part}-images-idx3-ubyte", images)
+        write_idx(directory / f"{part}-labels-idx1-ubyte.gz", data.y, opened=gzip.open)
+    return directory
+
+
+@pytest.mark.parametrize("launcher", ["none", "mpirun", "horovodrun", "horovodrun-gloo"])
+def test_every_launcher_trains_and_says_where_the_checkpoint_is(tmp_path, launcher):
+    result = launch(2, [TORCH, "--epochs", "10", "--output", tmp_path / "new"], launcher=launcher)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line for line in result.stdout.splitlines() if "epoch 10/10" in line]
+    assert len(lines) == 1, "one line an epoch, from rank 0 alone"
+    assert float(lines[0].split("test accuracy ")[1].split()[0]) >= 0.97
+    assert f"checkpoint: {tmp_path}/new/step-00000450" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_more_ranks_than_cores_by_a_hostfile(tmp_path):
+    command = [TORCH, "--max-steps", "3", "--output", tmp_path / "new"]
+    result = launch(5, command, options=["--hostfile", "hostfiles/localhost"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "5 worker(s)" in result.stdout
+
+
+def test_mnists_own_files(mnist, tmp_path):
+    result = launch(2, [TORCH, "--data-dir", mnist, "--epochs", "6", "--output", tmp_path / "new"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "epoch 6/6" in result.stdout
+
+
+def truncate(directory):
+    path = directory / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lie(directory):
+    write_idx(directory / "t10k-images-idx3-ubyte", np.zeros((2, 28, 28)), dims=(2**31, 28, 28))
+
+
+def miscount(directory):
+    write_idx(directory / "train-labels-idx1-ubyte.gz", np.zeros(3), opened=gzip.open)
+
+
+MISTAKES = {
+    "unknown flag": (["--nonsense"], None, "--nonsense"),
+    "batch size of 0": (["--batch-size", "0"], None, "--batch-size is '0'"),
+    "no data directory": (["--data-dir", "nowhere"], None, "nowhere"),
+    "truncated file": (["--data-dir", "mnist"], truncate, "train-images-idx3-ubyte"),
+    "lying header": (["--data-dir", "mnist"], lie, "t10k-images-idx3-ubyte"),
+    "labels of other data": (["--data-dir", "mnist"], miscount, "train"),
+    "nothing to resume": (["--resume"], None, "--resume found no run"),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(mistake, size, mnist, tmp_path):
+    arguments, damage, named = MISTAKES[mistake]
+    if damage:
+        damage(mnist)
+    before = sorted(tmp_path.rglob("*"))
+    result = launch(
+        size, [ROOT / TORCH, *arguments], launcher="none" if size == 1 else "mpirun", cwd=tmp_path
+    )
+    assert result.returncode == 2, result.stderr
+    ours = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(ours) == 1 and named in ours[0], result.stderr
+    if size == 1:
+        assert result.stderr.count("\n") == 1 and not result.stdout, result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    command = [TORCH, "--max-steps", "2", "--output", tmp_path / "run"]
+    assert launch(1, command, launcher="none").returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    result = launch(1, command, launcher="none")
+    assert result.returncode == 2 and "--resume" in result.stderr
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+def test_resume_refuses_other_samples(tmp_path):
+    command = [TORCH, "--max-steps", "2", "--output", tmp_path / "run"]
+    assert launch(1, command, launcher="none").returncode == 0
+    result = launch(1, [*command, "--resume", "--seed", "1"], launcher="none")
+    assert result.returncode == 2 and "seed 0" in result.stderr and "seed 1" in result.stderr
+
+
+FAILING = """
+import sys, time
+import toolkit.adapters.torch as dp
+world = dp.start()
+dp.average({"a": 1.0})
+if world.rank == 1:
+    raise RuntimeError("the disk of this rank is gone")
+dp.average({"a": 1.0})
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "horovodrun-gloo"])
+def test_one_ranks_exception_ends_the_job_and_is_named(launcher, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILING)
+    result = launch(3, [tmp_path / "fails.py"], launcher=launcher, timeout=60)
+    assert result.returncode != 0
+    assert "the disk of this rank is gone" in result.stderr and "rank 1 on" in result.stderr
