@@ -74,9 +74,7 @@ class Adapter(Protocol):
         the first step on all ranks alike, and is nothing to broadcast.
         """
 
-    def average(
-        self, values: Mapping[str, float | np.ndarray], weight: float = 1.0
-    ) -> dict[str, float | np.ndarray]:
+    def average(self, values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:
         """The mean of each value over all ranks, weighted by `weight`, the same on every rank.
 
         Args:
@@ -109,4 +107,7 @@ class Adapter(Protocol):
         """
 
     def digest(self, model: Any, optimizer: Any = None) -> dict[str, str]:
-        """A short hash of each tensor that `export_state` names, to compare ranks and runs."""
+        """A short hash of each tensor of `export_state` that all ranks must hold alike, to compare them.
+
+        Left out is what each rank keeps for itself: BatchNorm's running statistics and random states.
+        """

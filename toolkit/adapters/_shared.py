@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from toolkit import tuning, world
-from toolkit.errors import UsageError
+from toolkit.errors import RanksDiffer, UsageError
 from toolkit.tuning import Choices
 from toolkit.world import World
 
@@ -60,18 +60,12 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool) -> tuple[World, Choice
 def require_started(hvd: Any) -> None:
     """Raise `UsageError` where `start()` was not called yet."""
     if not hvd.is_initialized():
-        raise UsageError(
-            "Horovod is not started: call start() once before any other function of the adapter."
-        )
+        raise UsageError("Horovod is not started: call start() once before any other function of the adapter.")
 
 
 def check_distribute_options(accumulation_steps: int, clip_norm: float | None, compression: str) -> None:
     """Raise `UsageError` for an option of `distribute` that is out of range."""
-    if (
-        isinstance(accumulation_steps, bool)
-        or not isinstance(accumulation_steps, int)
-        or accumulation_steps < 1
-    ):
+    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise UsageError(f"accumulation_steps is {accumulation_steps!r}: give a whole number of at least 1.")
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
         raise UsageError(f"clip_norm is {clip_norm!r}: give a positive number, or None for no clipping.")
@@ -87,14 +81,13 @@ def end_job_on_exception(here: World) -> None:
     """
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, UsageError):
+        if issubclass(kind, UsageError | RanksDiffer):
             if here.rank > 0:
-                time.sleep(
-                    5
-                )  # a mistake that all ranks share is told once: rank 0's exit ends the others here
+                # What all ranks share is told once: rank 0's exit ends the others in this time.
+                time.sleep(5)
             prefix = f"[{here.name}] " if here.rank > 0 else ""
             print(f"{prefix}error: {error}", file=sys.stderr)
-            code = 2
+            code = 2 if issubclass(kind, UsageError) else 1
         else:
             text = "".join(traceback.format_exception(kind, error, trace))
             if here.size > 1:

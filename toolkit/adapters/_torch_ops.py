@@ -32,9 +32,7 @@ def average_gradients(
         name: names the collective operation; the same on all ranks.
     """
     sparse = sparse or [False] * len(parameters)
-    present = torch.tensor(
-        [g is not None for g in gradients], dtype=torch.float32, device=parameters[0].device
-    )
+    present = torch.tensor([g is not None for g in gradients], dtype=torch.float32, device=parameters[0].device)
     dense = [
         (torch.zeros_like(p) if g is None else g.to_dense()).contiguous()
         for g, p, is_sparse in zip(gradients, parameters, sparse, strict=True)

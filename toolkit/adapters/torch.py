@@ -64,20 +64,17 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
             "give a torch.optim.Optimizer, or use the adapter of its framework."
         )
     if not isinstance(model, torch.nn.Module):
-        raise UsageError(
-            f"the model is a {type(model).__name__}: give the torch.nn.Module that the optimizer trains."
-        )
+        raise UsageError(f"the model is a {type(model).__name__}: give the torch.nn.Module that the optimizer trains.")
     if isinstance(optimizer, _Distributed):
         raise UsageError("this optimizer is distributed already: call distribute() once.")
     if hasattr(optimizer, "synchronize") and hasattr(optimizer, "skip_synchronize"):
-        raise UsageError(
-            "this optimizer was wrapped by horovod.torch.DistributedOptimizer: pass the plain optimizer."
-        )
+        raise UsageError("this optimizer was wrapped by horovod.torch.DistributedOptimizer: pass the plain optimizer.")
     if "step" in vars(optimizer):
         raise UsageError(
             "a learning-rate scheduler already holds this optimizer's step(): create it after distribute()."
         )
-    named = {id(p) for p in model.parameters()}
+    named = {id(p): name for name, p in model.named_parameters()}
+    seen = set()
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             if id(p) not in named:
@@ -85,14 +82,15 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
                     f"parameter {i} of group {g}, of shape {list(p.shape)}, is not a parameter of the model: "
                     "pass the model that owns every parameter of the optimizer."
                 )
+            if id(p) in seen:
+                raise UsageError(f"the optimizer holds the parameter {named[id(p)]} twice: give it once.")
+            seen.add(id(p))
 
 
 class _Distributed(torch.optim.Optimizer):
     """Mixed in before an optimizer's own class by `distribute`; has no constructor of its own."""
 
-    def _attach(
-        self, model: torch.nn.Module, accumulation_steps: int, clip_norm: float | None, compression: str
-    ):
+    def _attach(self, model: torch.nn.Module, accumulation_steps: int, clip_norm: float | None, compression: str):
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._sparse = {
             id(m.weight)
@@ -141,10 +139,7 @@ class _Distributed(torch.optim.Optimizer):
     def _average(self, passes: int) -> None:
         """Replace every gradient by its mean over all ranks and over `passes` accumulated passes."""
         parameters = self._parameters()
-        if any(
-            before is not None and p.grad is not before
-            for p, before in zip(parameters, self._held, strict=False)
-        ):
+        if any(before is not None and p.grad is not before for p, before in zip(parameters, self._held, strict=False)):
             raise UsageError(
                 "gradients were cleared between accumulated passes: clear them by the optimizer's zero_grad()."
             )
@@ -274,12 +269,8 @@ def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) ->
     """See `toolkit.adapters.Adapter.import_state`."""
     here = export_state(model, optimizer)
     # An optimizer that has not stepped has no state yet that the saved one could be compared with.
-    comparable = {
-        n: a for n, a in state.items() if n.startswith("model/") or (n in here and not n.endswith("#"))
-    }
-    _shared.check_state_fits(
-        comparable, {n: a for n, a in here.items() if n.startswith("model/") or n in comparable}
-    )
+    comparable = {n: a for n, a in state.items() if n.startswith("model/") or (n in here and not n.endswith("#"))}
+    _shared.check_state_fits(comparable, {n: a for n, a in here.items() if n.startswith("model/") or n in comparable})
     loaded = None if optimizer is None else _optimizer_state_dict(model, optimizer, state)
     with torch.no_grad():
         for name, tensor in _model_tensors(model).items():
@@ -289,8 +280,15 @@ def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) ->
 
 
 def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
-    """See `toolkit.adapters.Adapter.digest`."""
-    return _shared.digest_arrays(export_state(model, optimizer))
+    """See `toolkit.adapters.Adapter.digest`; BatchNorm's running statistics are left out."""
+    own = {
+        f"model/{name}.{buffer}".replace("/.", "/")
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase)
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    state = export_state(model, optimizer)
+    return _shared.digest_arrays({name: array for name, array in state.items() if name not in own})
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -319,9 +317,7 @@ def _flatten(prefix: str, value: Any, into: dict[str, np.ndarray]) -> None:
         into[f"{prefix}#"] = np.asarray(value)
 
 
-def _optimizer_state_dict(
-    model: torch.nn.Module, optimizer: Any, state: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def _optimizer_state_dict(model: torch.nn.Module, optimizer: Any, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The inverse of `_flatten`: what `optimizer.load_state_dict` takes."""
     loaded = optimizer.state_dict()
     loaded["state"] = {}

@@ -1,0 +1,71 @@
+"""Fit a linear regression to the diabetes data with TensorFlow, to the least-squares solution.
+
+    horovodrun -np 2 python recipes/linear_regression_tensorflow.py
+    mpirun -np 2 --hostfile hostfiles/localhost python recipes/linear_regression_tensorflow.py
+    python recipes/linear_regression_tensorflow.py
+
+Lines marked `# distributed` are what data-parallel training adds to the script for one process.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+import toolkit.adapters.tensorflow as dp  # distributed
+from toolkit import datasets, initial_weights
+from toolkit.options import RunOptions, option, parse
+from toolkit.run import Run
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    epochs: int = option(250, "times that each sample is used", minimum=1)
+    global_batch_size: int = option(442, "samples per step over all workers; 442 is all of them", minimum=1)
+    learning_rate: float = option(0.4, "for the global batch size, or for one worker's --batch-size", above=0)
+    checkpoint_every: int = option(50, "epochs between checkpoints; the last epoch has one always", minimum=1)
+    print_every: int = option(50, "epochs between printed lines", minimum=1)
+    momentum: float = option(0.9, "of SGD", minimum=0)
+
+
+def half_squared_error(predicted, y):
+    return 0.5 * tf.reduce_mean(tf.square(predicted - y))
+
+
+def distance(weight, bias, data):
+    """Largest difference to numpy's least-squares weights, relative to the largest of them."""
+    exact = np.append(*datasets.least_squares(data.x, data.y))
+    return float(np.abs(np.append(weight, bias) - exact).max() / np.abs(exact).max())
+
+
+def main():
+    options = parse(Options, __doc__)
+    world = dp.start(seed=options.seed, tune=not options.no_tuning, verbose=options.verbose)  # distributed
+    train = datasets.diabetes()
+
+    model = tf.keras.Sequential([tf.keras.Input((train.x.shape[1],)), tf.keras.layers.Dense(1)])
+    model.set_weights(initial_weights.for_keras(initial_weights.linear(train.x.shape[1], options.seed)))
+    optimizer = tf.keras.optimizers.SGD(options.learning_rate, momentum=options.momentum)
+    optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
+
+    @tf.function(reduce_retracing=True)
+    def train_step(x, y, weight):
+        with tf.GradientTape() as tape:
+            loss = half_squared_error(model(x, training=True), y) * weight  # distributed: exact for unequal parts
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return loss
+
+    with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
+        for _ in run.epochs():
+            for batch in run.batches(train):  # distributed: this rank's part of each global batch
+                optimizer.learning_rate = run.learning_rate()  # distributed: scaled with the batch, warmed up
+                x, y = tf.constant(batch.x), tf.constant(batch.y)
+                run.log(loss=train_step(x, y, tf.constant(batch.weight, tf.float32)))
+            weight, bias = model.get_weights()
+            run.end_epoch(distance_to_least_squares=distance(weight, bias, train))
+    dp.stop()  # distributed
+
+
+if __name__ == "__main__":
+    main()

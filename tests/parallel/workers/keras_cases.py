@@ -1,0 +1,588 @@
+"""Cases for the keras adapter, run by every rank on either backend.
+
+The reference is plain Keras on the whole batch, in the same process.
+"""
+
+import functools
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras_common import (
+    BACKEND,
+    OPTIMIZERS,
+    Steps,
+    assert_close,
+    batch,
+    case,
+    equal_on_all_ranks,
+    fit,
+    mine,
+    new_model,
+    new_optimizer,
+    raises,
+    run_cases,
+    whole,
+)
+
+import toolkit.adapters.keras as dp
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+else:
+    import torch
+
+WORLD = dp.start(seed=1)
+TENSORFLOW = BACKEND == "tensorflow"
+MINE = mine(WORLD)
+OTHERS = WORLD.size > 1
+
+
+def distributed(optimizer, seed=None, model=None, **options):
+    """A model that begins as rank 0's, and its distributed optimizer."""
+    model = model or new_model(WORLD.rank if seed is None else seed)
+    optimizer = dp.distribute(optimizer, model, **options)
+    dp.broadcast_state(model, optimizer)
+    return model, optimizer
+
+
+def check_against_one_process(make, tolerance=2e-5, compiled=None, steps=4, **options):
+    """Train with `make()` distributed on parts and alone on whole batches, and compare."""
+    reference, plain = new_model(), make()
+    fit(reference, plain, whole, steps, compiled=compiled)
+    model, optimizer = distributed(make(), **options)
+    fit(model, optimizer, MINE, steps, compiled=compiled)
+    assert equal_on_all_ranks(dp, model, optimizer)
+    assert_close(dp, (model, optimizer), (reference, plain), tolerance)
+    return reference
+
+
+def refit(model, **options):
+    model.fit(Steps(MINE), shuffle=False, verbose=0, **options)
+
+
+def gradients(model, x, y, weight):
+    if TENSORFLOW:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(x) - y)) * weight
+        return tape.gradient(loss, model.trainable_variables)
+    model.zero_grad()
+    loss = torch.mean(torch.square(model(x) - torch.as_tensor(y))) * float(weight)
+    loss.backward()
+    return [v.value.grad for v in model.trainable_variables]
+
+
+def apply_steps(model, optimizer, part=MINE, steps=2):
+    for step in range(steps):
+        x, y, weight = part(step)
+        optimizer.apply(gradients(model, x, y, weight[0]), model.trainable_variables)
+
+
+@case
+def control_without_distribute_ranks_part():
+    model, optimizer = new_model(), new_optimizer("SGD")
+    fit(model, optimizer, MINE)
+    assert not OTHERS or not equal_on_all_ranks(dp, model, optimizer), "the data can't show what averaging does"
+
+
+@case
+def every_optimizer_equals_one_process():
+    assert len(OPTIMIZERS) >= 14
+    for name, kind in OPTIMIZERS.items():
+        optimizer = new_optimizer(name)
+        config = optimizer.get_config()
+        assert isinstance(dp.distribute(optimizer, new_model()), kind)
+        assert optimizer.get_config() == config
+        check_against_one_process(lambda name=name: new_optimizer(name))
+
+
+@case
+def options_act_on_averaged_gradients():
+    plain = new_model()
+    fit(plain, new_optimizer("SGD"), whole)
+    for options in (
+        {"clipnorm": 0.1},
+        {"global_clipnorm": 0.1},
+        {"clipvalue": 0.05},
+        {"weight_decay": 0.1},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+        {"gradient_accumulation_steps": 2},
+        {"loss_scale_factor": 64.0, "global_clipnorm": 0.1},
+    ):
+        reference = check_against_one_process(lambda options=options: new_optimizer("SGD", **options))
+        assert not np.allclose(plain.get_weights()[0], reference.get_weights()[0]), f"{options} change nothing"
+
+
+@case
+def options_of_distribute_are_keras_own():
+    make = lambda: new_optimizer("Adam")  # noqa: E731
+    for ours, keras_own in (({"clip_norm": 0.1}, {"global_clipnorm": 0.1}), ({"accumulation_steps": 2}, {})):
+        reference = new_model()
+        plain = new_optimizer("Adam", **keras_own)
+        fit(reference, plain, whole)
+        passes = ours.get("accumulation_steps", 1)
+        model, optimizer = distributed(make(), **ours)
+        fit(model, optimizer, mine(WORLD, passes), 4 * passes)
+        assert equal_on_all_ranks(dp, model, optimizer)
+        assert_close(dp, (model, None), (reference, None))
+    inner = keras.optimizers.SGD(0.1)
+    dp.distribute(keras.optimizers.LossScaleOptimizer(inner), new_model(), clip_norm=0.5)
+    assert inner.global_clipnorm == 0.5
+
+
+@case
+def ways_to_train_are_the_same():
+    reference, plain = new_model(), new_optimizer("Adam")
+    fit(reference, plain, whole)
+
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            x, y, weight = data
+            grads = gradients(self, x, y, weight[0])
+            self.optimizer.apply(grads, self.trainable_variables)
+            return {"calls": keras.ops.sum(weight)}
+
+    model, optimizer = distributed(new_optimizer("Adam"), model=new_model(WORLD.rank, Own))
+    fit(model, optimizer, MINE)
+    assert equal_on_all_ranks(dp, model, optimizer)
+    assert_close(dp, (model, None), (reference, None))
+    if TENSORFLOW:
+        ways = [{"run_eagerly": True}, {"steps_per_execution": 3}, {"jit_compile": "auto"}]
+    else:
+        ways = [{"jit_compile": True}]
+    if not TENSORFLOW:  # what Dynamo makes of the step is tested; to compile that takes a minute
+        torch.compile = functools.partial(torch.compile, backend="eager")
+    for compiled in ways:
+        check_against_one_process(lambda: new_optimizer("Adam"), compiled=compiled, steps=3)
+    for apply in ("apply", "apply_gradients", "built"):
+        model, optimizer = distributed(new_optimizer("Adam"))
+        for step in range(4):
+            x, y, weight = MINE(step)
+            grads = gradients(model, x, y, weight[0])
+            if apply == "apply":
+                optimizer.apply(iter(grads), iter(model.trainable_variables))
+            elif apply == "apply_gradients":
+                optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+            else:
+                optimizer.build(model.trainable_variables)
+                optimizer.apply(grads)
+        if apply != "built":
+            assert_close(dp, (model, optimizer), (reference, plain))
+        assert equal_on_all_ranks(dp, model, optimizer)
+
+
+@case
+def saving_and_loading_keep_the_plain_optimizer():
+    with tempfile.TemporaryDirectory() as folder:
+        for name in OPTIMIZERS:
+            model, optimizer = distributed(new_optimizer(name))
+            model.compile(optimizer, loss="mse")
+            apply_steps(model, optimizer)
+            model.save(Path(folder) / "model.keras")
+            loaded = keras.models.load_model(Path(folder) / "model.keras")
+            assert type(loaded.optimizer) is type(new_optimizer(name)), name
+            if name != "MultiOptimizer":  # Keras 3.15 itself loses its slots: the inner ones are unbuilt when it loads
+                assert_close(dp, (loaded, loaded.optimizer), (model, optimizer), 0)
+        registered = keras.saving.register_keras_serializable("tests")(type("Own", (keras.optimizers.SGD,), {}))
+        model, optimizer = distributed(registered(0.01, momentum=0.5))
+        fit(model, optimizer, MINE)
+        model.save(Path(folder) / "model.keras")
+        loaded = keras.models.load_model(Path(folder) / "model.keras")
+        assert type(loaded.optimizer) is registered
+    again = dp.distribute(loaded.optimizer, loaded)
+    refit(loaded)
+    refit(model)
+    assert equal_on_all_ranks(dp, loaded, again)
+    assert_close(dp, (loaded, again), (model, optimizer), 0)
+
+
+@case
+def distribute_after_fit_takes_effect():
+    model, optimizer = new_model(), new_optimizer("SGD")
+    fit(model, optimizer, whole)
+    dp.distribute(optimizer, model)
+    refit(model)
+    assert equal_on_all_ranks(dp, model, optimizer)
+
+
+@case
+def xla_is_refused_or_off():
+    if not TENSORFLOW:
+        return
+    model, optimizer = distributed(new_optimizer("SGD"))
+    raises(lambda: fit(model, optimizer, MINE, compiled={"jit_compile": True}), "jit_compile=False")
+    callbacks = [dp.BroadcastState()]
+    raises(
+        lambda: fit(model, optimizer, MINE, compiled={"jit_compile": True}, callbacks=callbacks),
+        "jit_compile",
+    )
+    model, optimizer = new_model(), new_optimizer("SGD")
+    model.compile(optimizer, loss="mse", jit_compile=True)
+    raises(lambda: dp.distribute(optimizer, model), "jit_compile=True")
+    list_devices = tf.config.list_physical_devices
+    tf.config.list_physical_devices = lambda *_: [tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")]
+    try:
+        assert new_model()._resolve_auto_jit_compile(), "auto means no XLA here: the test shows nothing"
+        check_against_one_process(lambda: new_optimizer("SGD"))
+        model, optimizer = new_model(), new_optimizer("SGD")
+        model.compile(optimizer, loss="mse")
+        assert model.jit_compile
+        with warnings.catch_warnings(record=True) as caught:
+            dp.distribute(optimizer, model)
+        assert "XLA is off" in str(caught[0].message)
+        refit(model)
+        assert equal_on_all_ranks(dp, model, optimizer)
+        other = new_model()
+        raises(lambda: fit(other, optimizer, MINE), "jit_compile=False")
+    finally:
+        tf.config.list_physical_devices = list_devices
+
+
+@case
+def overflow_on_one_rank_makes_all_skip():
+    def overflowing(step):
+        x, y, weight = MINE(step)
+        return (x * np.inf if step == 1 and WORLD.rank == 0 else x), y, weight
+
+    model, optimizer = distributed(new_optimizer("LossScaleOptimizer"))
+    fit(model, optimizer, overflowing)
+    assert equal_on_all_ranks(dp, model, optimizer)
+    assert int(optimizer.iterations) == 3
+    assert np.isfinite(model.get_weights()[0]).all()
+    # Doubled after two finite steps, halved by an overflow: 8 -> 8, 4, 4, 8.
+    assert float(optimizer.dynamic_scale) == 8.0
+
+
+@case
+def mixed_precision_averages_outermost():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, optimizer = distributed(new_optimizer("Adam"))
+        raises(lambda: model.compile(optimizer, loss="mse"), "LossScaleOptimizer(optimizer)", "auto_scale_loss")
+        check_against_one_process(
+            lambda: keras.optimizers.LossScaleOptimizer(new_optimizer("Adam"), initial_scale=8.0),
+            tolerance=5e-2,
+        )
+        model, optimizer = distributed(new_optimizer("SGD"))
+        fit(model, optimizer, MINE, compiled={"auto_scale_loss": False})
+        assert equal_on_all_ranks(dp, model, optimizer)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@case
+def embeddings_with_repeated_and_absent_rows():
+    def words(seed):
+        keras.utils.set_random_seed(seed)
+        layers = [keras.layers.Embedding(9, 3), keras.layers.Flatten(), keras.layers.Dense(1)]
+        return keras.Sequential([keras.Input((2,), dtype="int32"), *layers])
+
+    ids = np.array([[1, 1], [2, 2], [2, 1], [1, 3], [8, 8], [7, 8], [2, 7]], "int32")  # 0, 4, 5, 6 are absent
+
+    def part(step):
+        x, y, weight = MINE(step)
+        indices = [np.flatnonzero((batch(step)[0] == row).all(1))[0] for row in x]
+        return ids[indices], y, weight
+
+    for name in ("SGD", "Adam", "Ftrl", "Muon"):
+        for options in ({}, {"global_clipnorm": 0.1})[: 2 if name == "SGD" else 1]:
+            reference, plain = words(0), new_optimizer(name, **options)
+            for step in range(4):
+                grads = gradients(reference, ids, batch(step)[1], 1.0)
+                if TENSORFLOW:  # plain Keras 3.15 gets rows that are there twice wrong: a² + b² for (a + b)²
+                    grads = [tf.convert_to_tensor(g) for g in grads]
+                plain.apply(grads, reference.trainable_variables)
+            model, optimizer = distributed(new_optimizer(name, **options), model=words(WORLD.rank))
+            fit(model, optimizer, part)
+            assert equal_on_all_ranks(dp, model, optimizer)
+            assert_close(dp, (model, optimizer), (reference, plain))
+
+
+@case
+def a_gradient_missing_on_some_ranks_is_zero_there():
+    for everywhere in (False, True):
+        model, optimizer = distributed(new_optimizer("SGD", weight_decay=0.5))
+        before = model.get_weights()
+        grads = gradients(model, *batch(0), 1.0)
+        first = keras.ops.convert_to_numpy(grads[0])
+        if everywhere or WORLD.rank == 0:
+            grads[0] = None
+        optimizer.apply(grads, model.trainable_variables)
+        assert equal_on_all_ranks(dp, model, optimizer)
+        change = model.get_weights()[0] - before[0]
+        if everywhere or not OTHERS:
+            assert (change == 0).all(), "a variable without any gradient was updated (by weight decay)"
+        else:
+            kept = (WORLD.size - 1) / WORLD.size
+            np.testing.assert_allclose(change, -0.02 * (kept * first + 0.5 * before[0]), rtol=1e-4, atol=1e-6)
+
+
+@case
+def broadcast_covers_statistics_and_slots_but_no_random_states():
+    def make(seed):
+        keras.utils.set_random_seed(seed)
+        layers = [
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5, seed=seed),
+            keras.layers.Dense(1),
+        ]
+        return keras.Sequential([keras.Input((4,)), *layers])
+
+    model, optimizer = make(WORLD.rank), new_optimizer("Adam")
+    fit(model, optimizer, MINE)  # each rank for itself
+    assert not OTHERS or not equal_on_all_ranks(dp, model, optimizer)
+    mine_before = dp.export_state(model, optimizer)
+    dp.broadcast_state(model, optimizer)
+    after = dp.export_state(model, optimizer)
+    first = dp.gather(mine_before)[0]
+    random = [name for name in after if "seed_generator" in name]
+    assert len(random) == 1 and "moving_mean" in str(list(after))
+    for name, array in after.items():
+        assert (array == (mine_before if name in random else first)[name]).all(), name
+    assert [n.split("/")[-1] for n in after if n.startswith("model/") and n not in dp.digest(model)] == [
+        "moving_mean",
+        "moving_variance",
+        "seed_generator_state",
+    ]
+    if WORLD.rank > 0:
+        optimizer = new_optimizer("Adam")  # not built here, built on rank 0
+    dp.broadcast_state(model, optimizer)
+    assert equal_on_all_ranks(dp, model, optimizer)
+
+
+@case
+def callback_broadcasts_before_the_first_batch():
+    reference, plain = new_model(), new_optimizer("Adam")
+    fit(reference, plain, whole)
+    model = new_model(WORLD.rank)
+    optimizer = dp.distribute(new_optimizer("Adam"), model)
+    fit(model, optimizer, MINE, callbacks=[dp.BroadcastState()])
+    assert_close(dp, (model, optimizer), (reference, plain))
+    with tempfile.TemporaryDirectory() as folder:
+        fit(reference, plain, lambda step: whole(step + WORLD.rank))  # another checkpoint on each rank
+        reference.save(Path(folder) / "model.keras")
+        model = keras.models.load_model(Path(folder) / "model.keras")
+    dp.distribute(model.optimizer, model)
+    refit(model, callbacks=[dp.BroadcastState()])
+    assert equal_on_all_ranks(dp, model, model.optimizer)
+    unbuilt = keras.Sequential([keras.layers.Dense(1)])
+    raises(lambda: dp.broadcast_state(unbuilt), "keras.Input")
+
+
+@case
+def metrics_are_those_over_all_samples():
+    seen = []
+
+    class Seen(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs):
+            seen.append(dict(logs))
+
+    def share(step):  # shares of very different size, in every rank as many batches
+        x, y = batch(step, 20)
+        first = WORLD.rank * 3
+        return x[first : None if WORLD.rank == WORLD.size - 1 else first + 3], y[first:][: len(x)]
+
+    def part(step):
+        x, _ = share(step)
+        y = batch(step, 20)[1][WORLD.rank * 3 :][: len(x)]
+        return x, (y > 1).astype("float32"), np.linspace(0, 1, len(x), dtype="float32")
+
+    def everything(step):
+        parts = dp_parts[step % 3]
+        return tuple(np.concatenate([p[i] for p in parts]) for i in range(3))
+
+    dp_parts = [dp.gather(part(step)) for step in range(3)]
+    compiled = {
+        "metrics": ["mae", keras.metrics.AUC(), keras.metrics.Precision(), keras.metrics.R2Score()],
+        "weighted_metrics": ["binary_accuracy", keras.metrics.RootMeanSquaredError()],
+    }
+    plateau = lambda: keras.callbacks.ReduceLROnPlateau(monitor="val_loss", patience=0, min_delta=10)  # noqa: E731
+    frozen = new_model(WORLD.rank * 0)
+    frozen.trainable = False
+    options = {"validation_data": Steps(lambda step: part(step + 1), 2), "validation_freq": 2, "epochs": 6}
+    optimizer = new_optimizer("SGD")
+    fit(
+        frozen,
+        optimizer,
+        part,
+        3,
+        compiled=compiled,
+        callbacks=[dp.MetricAverage(), plateau(), Seen()],
+        **options,
+    )
+    found, seen[:] = list(seen), []
+    options["validation_data"] = Steps(lambda step: everything(step + 1), 2)
+    reference = new_model()
+    reference.trainable = False
+    for m in compiled["metrics"] + compiled["weighted_metrics"]:
+        getattr(m, "reset_state", lambda: None)()
+    fit(
+        reference,
+        new_optimizer("SGD"),
+        everything,
+        3,
+        compiled=compiled,
+        callbacks=[plateau(), Seen()],
+        **options,
+    )
+    assert len(found) == len(seen) == 6 and "val_loss" in found[1] and "val_loss" not in found[0]
+    for one, other in zip(found, seen, strict=True):
+        assert {k.rstrip("_0123456789") for k in one} == {k.rstrip("_0123456789") for k in other}
+        np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
+    assert all(logs == found for logs in dp.gather(found))
+    assert found[-1]["learning_rate"] < found[0]["learning_rate"]
+
+
+@case
+def every_metric_of_keras_adds_up_over_ranks():
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 6, 30)
+    probabilities = generator.dirichlet(np.ones(6), 30).astype("float32")
+    one_hot = np.eye(6, dtype="float32")[y]
+    special = {"MeanIoU": {"num_classes": 6}, "IoU": {"num_classes": 6, "target_class_ids": [0]}}
+    special |= {name: {"num_classes": 6} for name in ("OneHotMeanIoU",)}
+    special |= {"OneHotIoU": {"num_classes": 6, "target_class_ids": [0]}, "BinaryIoU": {}}
+    special |= {name: {"recall": 0.5} for name in ("PrecisionAtRecall",)}
+    special |= {"RecallAtPrecision": {"precision": 0.5}, "SensitivityAtSpecificity": {"specificity": 0.5}}
+    special |= {"SpecificityAtSensitivity": {"sensitivity": 0.5}}
+    checked = 0
+    for name in dir(keras.metrics):
+        kind = getattr(keras.metrics, name)
+        if not (isinstance(kind, type) and issubclass(kind, keras.metrics.Metric)):
+            continue
+        if name in ("Metric", "MeanMetricWrapper"):
+            continue
+        metric = kind(**special.get(name, {}))
+        sparse = "Sparse" in name or name in ("MeanIoU", "IoU")
+        predicted = probabilities.argmax(1) if name in ("MeanIoU", "IoU") else probabilities
+        truth = y if sparse else one_hot
+        data = (predicted,) if name in ("Mean", "Sum") else (truth, predicted)
+        metric.update_state(*data)
+        expected = keras.ops.convert_to_numpy(metric.result())
+        states = []
+        for half in (slice(0, 7), slice(7, None)):
+            metric.reset_state()
+            metric.update_state(*(d[half] for d in data))
+            states.append([keras.ops.convert_to_numpy(v) for v in metric.variables])
+        for v, a, b in zip(metric.variables, *states, strict=True):
+            assert v.aggregation == "sum", (name, v.path)
+            v.assign(a + b)
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(metric.result()), expected, rtol=1e-4, err_msg=name)
+        checked += 1
+    assert checked > 40, checked
+
+
+@case
+def warmup_is_a_function_of_the_step():
+    rates = []
+
+    class Seen(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            rates.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+    model, optimizer = distributed(new_optimizer("LossScaleOptimizer"))
+    callbacks = [dp.LearningRateWarmup(0.8, 6, 0.25), Seen()]
+    fit(model, optimizer, MINE, steps=2, callbacks=callbacks)
+    fit(model, optimizer, MINE, steps=3, epochs=2, callbacks=callbacks)  # goes on where it stood
+    optimizer.learning_rate = 0.1
+    refit(model, callbacks=callbacks)
+    np.testing.assert_allclose(rates, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8] + [0.1] * 4, rtol=1e-6)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    for optimizer in (
+        keras.optimizers.SGD(schedule),
+        keras.optimizers.SGD(lambda: 0.1),
+        new_optimizer("MultiOptimizer"),
+    ):
+        model, optimizer = distributed(optimizer)
+        raises(lambda o=optimizer, m=model: fit(m, o, MINE, callbacks=callbacks), "learning rate")
+
+
+@case
+def state_round_trips_by_stable_names():
+    model, optimizer = distributed(new_optimizer("Adam"))
+    fit(model, optimizer, MINE)
+    state = dp.export_state(model, optimizer)
+    other, fresh = new_model(5), new_optimizer("Adam")
+    dp.import_state(other, fresh, state)
+    assert dp.digest(other, fresh) == dp.digest(model, optimizer)
+    assert list(dp.export_state(other, fresh)) == list(state)
+    for bad in ({k: v for k, v in state.items() if "velocity" not in k}, state | {"model/more": np.zeros(1)}):
+        before = dp.digest(model, optimizer)
+        raises(lambda bad=bad: dp.import_state(model, optimizer, bad), "does not fit")
+        assert dp.digest(model, optimizer) == before
+    unbuilt = new_optimizer("Adam")
+    dp.import_state(other, unbuilt, dp.export_state(model, new_optimizer("Adam")))
+    assert not unbuilt.built
+    if WORLD.rank == 0:
+        print("names", json.dumps(list(state)), flush=True)
+    for name in OPTIMIZERS:
+        model, optimizer = distributed(new_optimizer(name))
+        apply_steps(model, optimizer)
+        other, fresh = new_model(5), new_optimizer(name)
+        dp.import_state(other, fresh, dp.export_state(model, optimizer))
+        assert dp.digest(other, fresh) == dp.digest(model, optimizer), name
+
+
+@case
+def averages_are_weighted():
+    r, n = WORLD.rank, WORLD.size
+    found = dp.average({"a": float(r), "b": np.array([[1.0, r]])}, weight=r + 1)
+    weights = np.arange(1, n + 1)
+    assert np.isclose(found["a"], np.average(np.arange(n), weights=weights))
+    assert np.allclose(found["b"], [[1.0, found["a"]]]) and isinstance(found["a"], float)
+    assert dp.gather({"rank": r}) == [{"rank": i} for i in range(n)]
+
+
+@case
+def compressed_gradients_agree():
+    check_against_one_process(lambda: new_optimizer("SGD"), tolerance=5e-2, compression="fp16")
+
+
+@case
+def mistakes_get_one_clear_line():
+    model, adam = new_model(), new_optimizer("Adam")
+    raises(lambda: dp.distribute("adam", model), "'adam'", "keras.optimizers.Optimizer")
+    raises(lambda: dp.distribute(object(), model), "builtins.object")
+    if not TENSORFLOW:
+        raises(lambda: dp.distribute(torch.optim.SGD([torch.ones(1)], 0.1), model), "torch.optim.sgd.SGD")
+    raises(lambda: dp.distribute(adam, None), "NoneType")
+    raises(lambda: dp.distribute(adam, model, accumulation_steps=0), "accumulation_steps is 0")
+    raises(lambda: dp.distribute(adam, model, compression="zip"), "'zip'")
+    clipped = new_optimizer("Adam", clipnorm=0.5, gradient_accumulation_steps=2)
+    raises(lambda: dp.distribute(clipped, model, clip_norm=1.0), "clipnorm", "one of them")
+    raises(lambda: dp.distribute(clipped, model, accumulation_steps=3), "gradient_accumulation_steps=2")
+    multi = new_optimizer("MultiOptimizer")
+    raises(lambda: dp.distribute(multi, model, clip_norm=1.0), "MultiOptimizer")
+    built = new_optimizer("Adam")
+    built.build(model.trainable_variables)
+    raises(lambda: dp.distribute(built, model, accumulation_steps=2), "built")
+    inner = new_optimizer("Adam")
+    outer = keras.optimizers.LossScaleOptimizer(inner)
+    raises(lambda: dp.distribute(inner, model), "inside a LossScaleOptimizer")
+    dp.distribute(outer, model)
+
+    class Own(keras.optimizers.SGD):
+        def apply_gradients(self, grads_and_vars):
+            pass
+
+    raises(lambda: dp.distribute(Own(), model), "Own", "apply_gradients")
+    dp.distribute(adam, model)
+    raises(lambda: dp.distribute(adam, model), "distributed already")
+    raises(lambda: keras.optimizers.LossScaleOptimizer(adam), "can't be wrapped")
+    raises(lambda: adam.stateless_apply([], [], []), "stateless_apply")
+    raises(lambda: adam.apply([None], model.trainable_variables), "1 gradients for 4 variables")
+    if TENSORFLOW:
+        import horovod.tensorflow.keras
+
+        raises(
+            lambda: dp.distribute(horovod.tensorflow.keras.DistributedOptimizer(Own()), model),
+            "DistributedOptimizer",
+        )
+
+
+if __name__ == "__main__":
+    run_cases(dp, WORLD, sys.argv[1:])

@@ -1,0 +1,118 @@
+"""What the workers of the tensorflow and keras adapters share: data, its parts, training, comparing."""
+
+import inspect
+import traceback
+
+import keras
+import numpy as np
+
+from toolkit.errors import UsageError
+from toolkit.sharding import Sharding
+
+SAMPLES = 7  # not a multiple of the ranks: unequal parts
+BACKEND = keras.backend.backend()
+OPTIMIZERS = {
+    name: kind
+    for name, kind in inspect.getmembers(keras.optimizers, inspect.isclass)
+    if issubclass(kind, keras.optimizers.Optimizer) and kind is not keras.optimizers.Optimizer
+}
+CASES = []
+
+
+def case(function):
+    CASES.append(function)
+    return function
+
+
+def run_cases(dp, world, names):
+    """Run every case on every rank; rank 0 prints `passed <case>` where all ranks came through."""
+    for function in CASES:
+        if names and function.__name__ not in names:
+            continue
+        try:
+            function()
+            problem = None
+        except Exception:
+            problem = traceback.format_exc()
+        problems = dp.gather(problem)
+        if world.rank == 0:
+            found = [f"rank {r}: {p}" for r, p in enumerate(problems) if p]
+            print("\n".join(found) or f"passed {function.__name__}", flush=True)
+    dp.stop()
+
+
+def batch(step, samples=SAMPLES):
+    generator = np.random.default_rng(step)
+    x = generator.normal(size=(samples, 4)).astype("float32")
+    return x, (x.sum(1, keepdims=True) * 3 + 1).astype("float32")
+
+
+def mine(world, accumulation_steps=1):
+    """From a step to this rank's part of its batch: (x, y, weight of each sample)."""
+
+    def part(step):
+        step, number = divmod(step, accumulation_steps)
+        x, y = batch(step)
+        sharding = Sharding(SAMPLES, SAMPLES, world.size, accumulation_steps=accumulation_steps)
+        p = sharding.part(np.arange(SAMPLES), world.rank, number)
+        return x[p.indices], y[p.indices], np.full(len(p.indices), p.weight, "float32")
+
+    return part
+
+
+def whole(step):
+    return (*batch(step), np.ones(SAMPLES, "float32"))
+
+
+class Steps(keras.utils.PyDataset):
+    def __init__(self, part, steps=4):
+        super().__init__()
+        self.part, self.steps = part, steps
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, index):
+        return self.part(index)
+
+
+def new_model(seed=0, kind=keras.Sequential):
+    keras.utils.set_random_seed(seed)
+    return kind([keras.Input((4,)), keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(1)])
+
+
+def new_optimizer(name, **options):
+    kind, sgd = OPTIMIZERS[name], keras.optimizers.SGD(0.02, momentum=0.9)
+    if name == "LossScaleOptimizer":
+        return kind(sgd, initial_scale=8.0, dynamic_growth_steps=2)
+    if name == "MultiOptimizer":
+        return kind(keras.optimizers.OptimizerMap(sgd, {".*bias": keras.optimizers.Adam(0.01)}))
+    return kind(learning_rate=0.02, **options)
+
+
+def fit(model, optimizer, part, steps=4, epochs=1, compiled=None, **options):
+    model.compile(optimizer, loss="mse", **(compiled or {}))
+    return model.fit(Steps(part, steps), epochs=epochs, shuffle=False, verbose=0, **options)
+
+
+def equal_on_all_ranks(dp, model, optimizer):
+    digests = dp.gather(dp.digest(model, optimizer))
+    return all(other == digests[0] for other in digests)
+
+
+def assert_close(dp, found, reference, tolerance=2e-5):
+    """`found` and `reference` are (model, optimizer); every variable is compared."""
+    one, other = dp.export_state(*found), dp.export_state(*reference)
+    assert one.keys() == other.keys(), one.keys() ^ other.keys()
+    for name, array in one.items():
+        np.testing.assert_allclose(array, other[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def raises(function, *texts):
+    try:
+        function()
+    except UsageError as error:
+        assert "\n" not in str(error), error
+        assert all(text in str(error) for text in texts), str(error)
+        return
+    raise AssertionError(f"no UsageError with {texts}")

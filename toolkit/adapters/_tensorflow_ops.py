@@ -1,0 +1,119 @@
+"""Averaging of TensorFlow gradients over all ranks, for the tensorflow adapter and for Keras on TensorFlow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from toolkit.errors import UsageError
+
+# What a variable's gradient is on a rank; where ranks differ, the largest is what all of them send.
+_MISSING, _SPARSE, _DENSE = 0, 1, 2
+
+
+def set_threads(threads: int) -> None:
+    """Give TensorFlow this many compute threads; must come before its first operation."""
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        # One thread for independent operations would let a Python data generator wait for itself.
+        tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
+    except RuntimeError:
+        warnings.warn("TensorFlow ran an operation before start(): its thread counts stay as they are.", stacklevel=3)
+
+
+def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
+    """The sum of a float64 vector over all ranks."""
+    return hvd.allreduce(tf.constant(vector), op=hvd.Sum, name="hvdkit.sum").numpy()
+
+
+class GradientAverager:
+    """Averages gradients over all ranks, in and outside `tf.function`.
+
+    A gradient missing (None) on some ranks counts as zero there; one missing on every rank stays
+    None. Eagerly, ranks agree before each call on which gradients there are; a traced function has
+    them fixed, so that they agree once, when the first function with these variables is traced.
+    """
+
+    def __init__(self, name: str, compression: str):
+        """`name` names the collective operations, alike on all ranks, and is used for nothing else."""
+        self._name = name
+        self._compression = compression
+        self._agreed: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
+
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """The mean of each gradient (dense tensor, `tf.IndexedSlices` or None) over all ranks."""
+        kinds = self._kinds(gradients, variables)
+        means: list[Any] = [None] * len(kinds)
+        dense: dict[tf.DType, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            if kind == _SPARSE:
+                means[i] = self._average_sparse(gradients[i], variables[i], f"{self._name}.sparse{i}")
+            elif kind == _DENSE:
+                dense.setdefault(self._wire_dtype(variables[i]), []).append(i)
+        for dtype, indices in dense.items():  # a group holds one dtype
+            packed = [tf.cast(_to_dense(gradients[i], variables[i]), dtype) for i in indices]
+            name = f"{self._name}.{dtype.name}"
+            reduced = hvd.grouped_allreduce(packed, op=hvd.Average, name=name, ignore_name_scope=True)
+            for i, mean in zip(indices, reduced, strict=True):
+                means[i] = tf.cast(mean, variables[i].dtype)
+        return means
+
+    def _kinds(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[int]:
+        local = [_MISSING if g is None else _SPARSE if isinstance(g, tf.IndexedSlices) else _DENSE for g in gradients]
+        if tf.executing_eagerly():
+            return self._agree(local)
+        if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            raise UsageError(
+                "jit_compile=True compiles the train step with XLA, which can't hold the gradients' averaging: "
+                "use jit_compile=False."
+            )
+        key = tuple(id(v) for v in variables)
+        if key not in self._agreed:
+            with tf.init_scope():
+                self._agreed[key] = self._agree(local), list(variables)  # held, so that ids stay theirs
+        kinds = self._agreed[key][0]
+        for kind, agreed, variable in zip(local, kinds, variables, strict=True):
+            if kind > agreed:
+                raise UsageError(
+                    f"the gradient of {variable.name} is of another kind than when a function with these variables "
+                    "was first traced: let every traced step use the same variables in the same way, or run eagerly."
+                )
+        return kinds
+
+    def _agree(self, kinds: list[int]) -> list[int]:
+        return hvd.allreduce(tf.constant(kinds, tf.int32), op=hvd.Max, name=f"{self._name}.kinds").numpy().tolist()
+
+    def _wire_dtype(self, variable: Any) -> tf.DType:
+        dtype = tf.as_dtype(variable.dtype)
+        if self._compression == "fp16" and dtype.is_floating:
+            return tf.float16
+        return tf.float32 if dtype == tf.bfloat16 else dtype  # Horovod's TensorFlow part knows no bfloat16
+
+    def _average_sparse(self, gradient: Any, variable: Any, name: str) -> tf.IndexedSlices:
+        """The mean of row-sparse gradients: every rank's rows, those of the same index summed."""
+        if gradient is None:
+            gradient = tf.IndexedSlices(tf.zeros([0, *variable.shape[1:]], variable.dtype), tf.zeros([0], tf.int64))
+        indices, values = _sum_duplicates(tf.cast(gradient.indices, tf.int64), gradient.values)
+        wire = tf.float32 if values.dtype == tf.bfloat16 else values.dtype
+        indices = hvd.allgather(indices, name=f"{name}.indices", ignore_name_scope=True)
+        values = hvd.allgather(tf.cast(values, wire), name=f"{name}.values", ignore_name_scope=True)
+        # Optimizers need unique indices; and sums of duplicates inside them may depend on threads.
+        indices, values = _sum_duplicates(indices, values / hvd.size())
+        return tf.IndexedSlices(
+            tf.cast(values, variable.dtype), indices, dense_shape=tf.constant(list(variable.shape), tf.int64)
+        )
+
+
+def _to_dense(gradient: Any, variable: Any) -> tf.Tensor:
+    return tf.zeros(variable.shape, variable.dtype) if gradient is None else tf.convert_to_tensor(gradient)
+
+
+def _sum_duplicates(indices: tf.Tensor, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    unique, positions = tf.unique(indices)
+    return unique, tf.math.unsorted_segment_sum(values, positions, tf.size(unique))

@@ -1,0 +1,98 @@
+"""The TensorFlow adapter: `toolkit.adapters.Adapter` for `tf.GradientTape` loops with Keras 3 optimizers.
+
+The loop stays as it is, in or outside `tf.function`: `optimizer.apply_gradients` and
+`optimizer.apply` average over all ranks first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+
+from toolkit.adapters import _keras_optimizer, _keras_state, _shared, _tensorflow_ops
+from toolkit.errors import UsageError
+from toolkit.world import World
+
+_names = (f"gradients{i}" for i in itertools.count())
+
+
+def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
+    """See `toolkit.adapters.Adapter.start`; comes before TensorFlow's first operation, which fixes its threads."""
+    _shared.end_job_on_exception(World())
+    if keras.backend.backend() != "tensorflow":
+        raise UsageError(
+            f"TensorFlow's optimizers are Keras', which runs on {keras.backend.backend()} here: "
+            "set KERAS_BACKEND=tensorflow."
+        )
+    here, choices = _shared.start_horovod(hvd, tune=tune, verbose=verbose)
+    if choices.threads:
+        _tensorflow_ops.set_threads(choices.threads)
+    keras.utils.set_random_seed(seed % 2**32)
+    _shared.seed_python_and_numpy(seed)
+    return here
+
+
+def stop() -> None:
+    """See `toolkit.adapters.Adapter.stop`."""
+    hvd.shutdown()
+
+
+def distribute(
+    optimizer: Any,
+    model: Any,
+    *,
+    accumulation_steps: int = 1,
+    clip_norm: float | None = None,
+    compression: str = "none",
+) -> Any:
+    """See `toolkit.adapters.Adapter.distribute`.
+
+    `model` is a `keras.Model` or a `tf.Module`. Keras' own options (clipping, weight decay, EMA,
+    accumulation, loss scaling) act on the averaged gradients; a `LossScaleOptimizer` is distributed
+    as a whole, so that an overflow on one rank makes all of them skip the step.
+    """
+    _shared.require_started(hvd)
+    _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
+    if not isinstance(model, tf.Module | keras.Layer):
+        raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model or tf.Module that is trained.")
+    average = _tensorflow_ops.GradientAverager(next(_names), compression)
+    return _keras_optimizer.distribute(optimizer, model, average, accumulation_steps, clip_norm)
+
+
+def broadcast_state(model: Any, optimizer: Any = None) -> None:
+    """See `toolkit.adapters.Adapter.broadcast_state`; states of Keras' random layers stay each rank's own."""
+    _shared.require_started(hvd)
+    _keras_state.broadcast_state(model, optimizer, hvd)
+
+
+def average(values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:
+    """See `toolkit.adapters.Adapter.average`; called eagerly, not in a `tf.function`."""
+    _shared.require_started(hvd)
+    return _shared.weighted_average(values, weight, _tensorflow_ops.all_reduce_sum)
+
+
+def gather(value: Any) -> list[Any]:
+    """See `toolkit.adapters.Adapter.gather`; called eagerly, not in a `tf.function`."""
+    _shared.require_started(hvd)
+    return hvd.allgather_object(value, name="hvdkit.gather")
+
+
+def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
+    """See `toolkit.adapters.Adapter.export_state`; names as in the keras adapter."""
+    return _keras_state.export_state(model, optimizer)
+
+
+def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) -> None:
+    """See `toolkit.adapters.Adapter.import_state`; an optimizer without slots yet is built."""
+    _keras_state.import_state(model, optimizer, state)
+
+
+def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
+    """See `toolkit.adapters.Adapter.digest`."""
+    return _keras_state.digest(model, optimizer)
