@@ -50,11 +50,7 @@ def launch(
     }[launcher]
     mark = uuid.uuid4().hex
     full = {
-        **{
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("OMPI_", "PMIX_", "HOROVOD_"))
-        },
+        **{key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "HOROVOD_"))},
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -107,9 +103,7 @@ def _marked(mark: str) -> dict[int, str]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = (
-                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-                    )
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             except OSError:
                 continue
     return found

@@ -46,9 +46,7 @@ class Checkpoint:
     state: dict[str, np.ndarray]
 
 
-def write(
-    directory: Path, step: int, state: Mapping[str, np.ndarray], manifest: Mapping[str, Any], keep: int
-) -> Path:
+def write(directory: Path, step: int, state: Mapping[str, np.ndarray], manifest: Mapping[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` into `directory`, then remove all but the `keep` newest.
 
     Args:

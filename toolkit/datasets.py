@@ -173,8 +173,7 @@ def _read_header(file: BinaryIO | gzip.GzipFile, name: str) -> tuple[np.dtype, t
     dimensions = magic[3]
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
         raise UsageError(
-            f"{name} announces {dimensions} dimensions but 1 to {_MOST_DIMENSIONS} can be read: "
-            "download it again"
+            f"{name} announces {dimensions} dimensions but 1 to {_MOST_DIMENSIONS} can be read: download it again"
         )
     fields = file.read(4 * dimensions)
     if len(fields) < 4 * dimensions:
@@ -214,8 +213,7 @@ def _mnist(data_dir: Path, part: str) -> Split:
         )
     if labels.max() > 9:
         raise UsageError(
-            f"{_quoted(labels_path)} holds the label {labels.max()} but labels are 0 to 9: "
-            "put MNIST's own file there"
+            f"{_quoted(labels_path)} holds the label {labels.max()} but labels are 0 to 9: put MNIST's own file there"
         )
     return Split(np.divide(images, 255, dtype=np.float32), labels.astype(np.int64))
 

@@ -36,22 +36,17 @@ class RunOptions:
     batch_size: int | None = option(
         None, "samples per step and worker instead: the rate is scaled by the number of workers", minimum=1
     )
-    accumulation_steps: int = option(
-        1, "passes that a worker cuts its part of a global batch into", minimum=1
-    )
-    learning_rate: float = option(
-        0.02, "for the global batch size, or for one worker's --batch-size", above=0
-    )
+    accumulation_steps: int = option(1, "passes that a worker cuts its part of a global batch into", minimum=1)
+    learning_rate: float = option(0.02, "for the global batch size, or for one worker's --batch-size", above=0)
     warmup_epochs: float = option(1.0, "length of the warm-up where --batch-size scales the rate", minimum=0)
     seed: int = option(0, "for initial weights and the order of the samples", minimum=0)
-    output: Path | None = option(
-        None, "directory for checkpoints and metrics.jsonl (default: a new one under runs/)"
-    )
+    output: Path | None = option(None, "directory for checkpoints and metrics.jsonl (default: a new one under runs/)")
     resume: bool = option(False, "continue the run in --output, or the latest run under runs/")
     keep: int = option(3, "checkpoints to keep", minimum=1)
     checkpoint_every: int = option(1, "epochs between checkpoints; the last epoch has one always", minimum=1)
     print_every: int = option(1, "epochs between printed lines", minimum=1)
-    max_steps: int | None = option(None, "end after this many steps", minimum=1)
+    max_steps: int | None = option(None, "end after this many steps; 0: with the initial state", minimum=0)
+    check_sync: int = option(100, "steps between checks that all ranks hold the same model; 0: none", minimum=0)
     no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
     verbose: bool = option(False, "print the chosen settings with their reasons")
 
@@ -72,9 +67,7 @@ def parse(kind: type[Options], description: str | None, arguments: list[str] | N
 
     Under a launcher only rank 0 prints the line: all workers have the same command line.
     """
-    parser = _Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         _add_flag(parser, field, hints[field.name])

@@ -16,7 +16,7 @@ import numpy as np
 
 from toolkit import checkpoint, schedule
 from toolkit.adapters import Adapter
-from toolkit.errors import UsageError
+from toolkit.errors import RanksDiffer, UsageError
 from toolkit.options import RunOptions
 from toolkit.progress import Progress
 from toolkit.sharding import Part, Sharding
@@ -103,7 +103,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all epochs, or `--max-steps`, are done."""
-        return self.epoch >= self.options.epochs or self.step >= (self.options.max_steps or self.step + 1)
+        most = self.options.max_steps
+        return self.epoch >= self.options.epochs or (most is not None and self.step >= most)
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()
@@ -120,6 +121,10 @@ class Run:
                 f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
                 f"{self.sharding.global_batch_size} samples a step"
             )
+        if self.options.check_sync:
+            self.check_sync()
+        if self.options.max_steps == 0:
+            self.save()
         self._epoch_began = time.perf_counter()
         return self
 
@@ -129,9 +134,7 @@ class Run:
             number = self.epoch
             yield number
             if self.epoch == number and not self.finished:
-                raise RuntimeError(
-                    "the epoch's loop did not call run.end_epoch(): call it once after the batches."
-                )
+                raise RuntimeError("the epoch's loop did not call run.end_epoch(): call it once after the batches.")
 
     @property
     def steps_left_in_epoch(self) -> int:
@@ -179,13 +182,39 @@ class Run:
         rate = self.learning_rate()
         self._at.step += 1
         self._at.step_in_epoch += 1
-        self._rows.append(
-            {"epoch": self.epoch + 1, "step": self.step, "learning_rate": rate, "loss": self._losses}
-        )
+        self._rows.append({"epoch": self.epoch + 1, "step": self.step, "learning_rate": rate, "loss": self._losses})
         self._losses = []
         self.progress.advance(self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
             self._flush()
+        if self.options.check_sync and self.step % self.options.check_sync == 0:
+            self.check_sync()
+
+    def check_sync(self) -> None:
+        """Compare all ranks' parameters, buffers and optimizer state by their digests.
+
+        Raises:
+            RanksDiffer: they are not equal to the bit; on every rank.
+        """
+        digests = self.adapter.gather(self.adapter.digest(self.model, self.optimizer))
+        names = [name for name in digests[0] if any(other.get(name) != digests[0][name] for other in digests)]
+        if all(other == digests[0] for other in digests):
+            return
+        ranks = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        state = self.adapter.export_state(self.model, self.optimizer)
+        first = self.adapter.gather({name: state[name] for name in names[:3] if name in state})
+        differences = []
+        for name in names[:3]:
+            arrays = [np.asarray(held[name], np.float64) for held in first if name in held]
+            same_shape = len({array.shape for array in arrays}) == 1 and len(arrays) == len(first)
+            largest = max(np.abs(array - arrays[0]).max(initial=0) for array in arrays) if same_shape else np.inf
+            differences.append(f"{name} (by up to {largest:.3g})")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        when = f"after step {self.step}" if self.step else "before the first step"
+        cause = "is the optimizer distributed?" if self.step else "was the initial state broadcast?"
+        raise RanksDiffer(
+            f"{when}, ranks {', '.join(map(str, ranks))} differ from rank 0 in {', '.join(differences)}{more}: {cause}"
+        )
 
     def end_epoch(self, **metrics: float) -> dict[str, float]:
         """End an epoch: print its line, write its row and, when due, a checkpoint.
@@ -275,16 +304,12 @@ class Run:
 
     def _find_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
         options, runs = self.options, Path("runs")
-        numbers = [
-            p.name.removeprefix(f"{self.name}-") for p in runs.glob(f"{self.name}-[0-9]*") if p.is_dir()
-        ]
+        numbers = [p.name.removeprefix(f"{self.name}-") for p in runs.glob(f"{self.name}-[0-9]*") if p.is_dir()]
         last = max((int(number) for number in numbers if number.isdecimal()), default=0)
         if options.resume:
             directory = options.output or (runs / f"{self.name}-{last:03d}" if last else None)
             if directory is None:
-                raise UsageError(
-                    f"--resume found no run of {self.name} under {runs}/: name one with --output."
-                )
+                raise UsageError(f"--resume found no run of {self.name} under {runs}/: name one with --output.")
             found = checkpoint.newest(directory)
             if found is None:
                 raise UsageError(
@@ -292,14 +317,9 @@ class Run:
                 )
             self._check_same_run(found)
             return directory, found
-        if options.output is None:
-            directory = runs / f"{self.name}-{last + 1:03d}"
-        else:
-            directory = options.output
+        directory = options.output or runs / f"{self.name}-{last + 1:03d}"
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UsageError(
-                f"{directory} is not an empty directory: choose another --output, or add --resume."
-            )
+            raise UsageError(f"{directory} is not an empty directory: choose another --output, or add --resume.")
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -11,9 +11,7 @@ from toolkit.errors import UsageError
 def linear_scale(global_batch_size: int, reference_batch_size: int) -> float:
     """The factor for the learning rate when the batch grows from the one that the rate was tuned for."""
     if global_batch_size < 1 or reference_batch_size < 1:
-        raise UsageError(
-            f"batch sizes {global_batch_size} and {reference_batch_size}: both must be at least 1."
-        )
+        raise UsageError(f"batch sizes {global_batch_size} and {reference_batch_size}: both must be at least 1.")
     return global_batch_size / reference_batch_size
 
 

@@ -67,6 +67,4 @@ def from_launcher(environ: Mapping[str, str] = os.environ) -> World | None:
 
 def from_horovod(hvd: Any) -> World:
     """The world as a started `horovod.torch` or `horovod.tensorflow` module tells it."""
-    return World(
-        hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()
-    )
+    return World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size())

@@ -20,6 +20,17 @@ def run(request):
     return (size, *RUNS[size])
 
 
+def test_a_call_before_start_is_one_line():
+    code = "import torch, toolkit.adapters.torch as dp; m = torch.nn.Linear(1, 1); "
+    for call in (
+        "dp.distribute(torch.optim.SGD(m.parameters()), m)",
+        "dp.broadcast_state(m)",
+        "dp.average({'a': 1.0})",
+    ):
+        result = launch(1, ["-c", f"{code}{call}"], launcher="none")
+        assert result.returncode != 0 and "UsageError: Horovod is not started: call start()" in result.stderr
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_case(case, run):
     size, printed, errors = run

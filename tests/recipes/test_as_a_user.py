@@ -85,9 +85,7 @@ def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(mistake, size, mn
     if damage:
         damage(mnist)
     before = sorted(tmp_path.rglob("*"))
-    result = launch(
-        size, [ROOT / TORCH, *arguments], launcher="none" if size == 1 else "mpirun", cwd=tmp_path
-    )
+    result = launch(size, [ROOT / TORCH, *arguments], launcher="none" if size == 1 else "mpirun", cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     ours = [line for line in result.stderr.splitlines() if "error" in line]
     assert len(ours) == 1 and named in ours[0], result.stderr

@@ -17,8 +17,7 @@ STATE = {
 
 def written(directory, *steps, keep=10):
     return [
-        checkpoint.write(directory, step, {**STATE, "step": np.asarray(step)}, {"epoch": step}, keep)
-        for step in steps
+        checkpoint.write(directory, step, {**STATE, "step": np.asarray(step)}, {"epoch": step}, keep) for step in steps
     ]
 
 

@@ -10,11 +10,7 @@ import toolkit
 from toolkit.adapters import Adapter
 
 ADAPTERS = Path(toolkit.__file__).parent / "adapters"
-CONTRACT = {
-    name: inspect.signature(f)
-    for name, f in inspect.getmembers(Adapter, inspect.isfunction)
-    if name[0] != "_"
-}
+CONTRACT = {name: inspect.signature(f) for name, f in inspect.getmembers(Adapter, inspect.isfunction) if name[0] != "_"}
 
 
 def parameters(arguments: ast.arguments) -> str:

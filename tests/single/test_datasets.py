@@ -26,9 +26,7 @@ def header(code: int, *shape: int) -> bytes:
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
-    return (
-        header(TYPES[array.dtype.name], *array.shape) + array.astype(array.dtype.newbyteorder(">")).tobytes()
-    )
+    return header(TYPES[array.dtype.name], *array.shape) + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
 def refusal(call, *args) -> str:

@@ -52,9 +52,7 @@ def test_missing_compiler_is_said_before_anything_is_downloaded(tmp_path):
 
 def test_compiler_without_cpp17_is_refused_with_its_own_words(tmp_path, monkeypatch):
     old = tmp_path / "old-g++"
-    old.write_text(
-        "#!/bin/sh\necho \"old-g++: error: unrecognized command-line option '-std=c++17'\" >&2; exit 1\n"
-    )
+    old.write_text("#!/bin/sh\necho \"old-g++: error: unrecognized command-line option '-std=c++17'\" >&2; exit 1\n")
     old.chmod(0o755)
     monkeypatch.setenv("CXX", str(old))
     with pytest.raises(BuildError, match=r"does not compile C\+\+17 .*unrecognized.*newer one in CXX"):
@@ -71,16 +69,12 @@ def test_unknown_framework_is_a_usage_error(value):
 
 def test_no_framework_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(ingredients, "FRAMEWORKS", {"torch": ("no-such-distribution",)})
-    with pytest.raises(
-        BuildError, match="Neither torch nor TensorFlow is installed.*make setup FRAMEWORKS=torch"
-    ):
+    with pytest.raises(BuildError, match="Neither torch nor TensorFlow is installed.*make setup FRAMEWORKS=torch"):
         ingredients.choose_frameworks(None)
 
 
 def test_wanted_framework_that_is_absent_is_named(monkeypatch):
-    monkeypatch.setattr(
-        ingredients, "FRAMEWORKS", {"torch": ("pip",), "tensorflow": ("no-such-distribution",)}
-    )
+    monkeypatch.setattr(ingredients, "FRAMEWORKS", {"torch": ("pip",), "tensorflow": ("no-such-distribution",)})
     assert list(ingredients.choose_frameworks(None)) == ["torch"]
     with pytest.raises(BuildError, match="tensorflow is not installed"):
         ingredients.choose_frameworks(["torch", "tensorflow"])
@@ -156,9 +150,7 @@ def make_wheel(folder, content=b"wheel"):
 def test_stored_wheel_is_found_and_explains_itself(cache, tmp_path):
     assert wheel_cache.find("key") == []
     wheels = wheel_cache.store("key", PARTS, [make_wheel(tmp_path)])
-    assert (
-        wheels == wheel_cache.find("key") == [cache / "key" / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"]
-    )
+    assert wheels == wheel_cache.find("key") == [cache / "key" / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"]
     assert json.loads((cache / "key" / "manifest.json").read_text())["built_against"] == PARTS
     assert [path.name for path in cache.iterdir()] == ["key"]
 
@@ -401,9 +393,7 @@ def test_second_run_is_quick_and_loads_no_framework(stamp, capsys):
         "sys.exit(bool({'torch', 'tensorflow', 'horovod'} & set(sys.modules)))"
     )
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "is installed and checked for" in done.stdout
     assert time.monotonic() - began < 10
@@ -411,9 +401,7 @@ def test_second_run_is_quick_and_loads_no_framework(stamp, capsys):
 
 def test_stamp_counts_only_for_the_installed_wheel(stamp, monkeypatch):
     assert stamp == command.read_stamp()
-    monkeypatch.setattr(
-        metadata.PathDistribution, "read_text", lambda self, name: '{"url": "file:///other.whl"}'
-    )
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: '{"url": "file:///other.whl"}')
     assert command.read_stamp() == {}
 
 
@@ -433,9 +421,7 @@ def make(*arguments):
         "VENV",
     )
     clean = {name: value for name, value in os.environ.items() if name not in inherited}
-    return subprocess.run(
-        ["make", *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,7 @@ class Options(RunOptions):
 
 
 def test_values_and_types():
-    found = parse(
-        Options, None, ["--epochs", "3", "--data-dir=x/y", "--resume", "-v", "--learning-rate", "1e-2"]
-    )
+    found = parse(Options, None, ["--epochs", "3", "--data-dir=x/y", "--resume", "-v", "--learning-rate", "1e-2"])
     assert found == Options(epochs=3, data_dir=Path("x/y"), resume=True, verbose=True, learning_rate=0.01)
     assert parse(Options, None, []) == Options()
 

@@ -46,7 +46,5 @@ def test_cores_are_shared_among_the_hosts_workers():
 def test_what_the_user_set_is_left_alone():
     found = tuning.choose({"OMP_NUM_THREADS": "3", "HOROVOD_CYCLE_TIME": "5"}, cores=8)
     assert found.threads is None
-    assert (
-        "HOROVOD_CYCLE_TIME" not in found.environment and "OMPI_MCA_mpi_yield_when_idle" in found.environment
-    )
+    assert "HOROVOD_CYCLE_TIME" not in found.environment and "OMPI_MCA_mpi_yield_when_idle" in found.environment
     assert "HOROVOD_CYCLE_TIME=5 left alone" in found.explain()

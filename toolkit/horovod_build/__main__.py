@@ -22,25 +22,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the options; what is wrong in them ends the process with one line and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m toolkit.horovod_build", description=__doc__)
     parser.add_argument("--frameworks", help="torch,tensorflow or one of them; default: those installed")
-    parser.add_argument(
-        "--mpi", choices=("pypi", "system"), default="pypi", help="whose MPI; system: mpicxx on PATH"
-    )
+    parser.add_argument("--mpi", choices=("pypi", "system"), default="pypi", help="whose MPI; system: mpicxx on PATH")
     parser.add_argument("--force", action="store_true", help="build anew, whatever is installed or cached")
-    parser.add_argument(
-        "--check-tools", action="store_true", help="only check for compilers, make and headers"
-    )
-    parser.add_argument(
-        "--log", type=Path, default=Path(sys.prefix) / "horovod-build.log", help="the full log's file"
-    )
+    parser.add_argument("--check-tools", action="store_true", help="only check for compilers, make and headers")
+    parser.add_argument("--log", type=Path, default=Path(sys.prefix) / "horovod-build.log", help="the full log's file")
     options = parser.parse_args(arguments)
     if options.frameworks is not None:
         options.frameworks = [name for name in options.frameworks.split(",") if name]
         unknown = [name for name in options.frameworks if name not in FRAMEWORKS]
         if unknown or not options.frameworks:
             found = ", ".join(unknown) or "nothing"
-            parser.exit(
-                2, f"--frameworks names {found}; it takes {', '.join(FRAMEWORKS)}, separated by commas.\n"
-            )
+            parser.exit(2, f"--frameworks names {found}; it takes {', '.join(FRAMEWORKS)}, separated by commas.\n")
     return options
 
 
@@ -116,9 +108,7 @@ def _built_here(name: str) -> bool:
         return False
 
 
-def build_wheels(
-    key: str, parts: dict[str, str], frameworks: dict[str, str], mpi: Mpi, log: Path
-) -> list[Path]:
+def build_wheels(key: str, parts: dict[str, str], frameworks: dict[str, str], mpi: Mpi, log: Path) -> list[Path]:
     """Download, build and store the wheels of the cache entry `key`, and return their paths.
 
     Raises:
@@ -141,9 +131,7 @@ def build_wheels(
             with stage("building", f"mpi4py {parts['mpi4py']} against {mpi.version}"):
                 wheels.append(build.compile_mpi4py(folder, mpi, log))
         jobs = build.parallel_jobs()
-        with stage(
-            "building", f"Horovod for {' and '.join(frameworks)}, some minutes on {jobs} cores; log {log} …"
-        ):
+        with stage("building", f"Horovod for {' and '.join(frameworks)}, some minutes on {jobs} cores; log {log} …"):
             wheels.append(build.compile_horovod(source, folder, frameworks, mpi, log, show_percent))
         return wheel_cache.store(key, parts, wheels)
 

@@ -169,9 +169,7 @@ def _probe_compiler(compiler: str) -> None:
             "(Debian, Ubuntu: `apt install python3-dev`; Fedora: `dnf install python3-devel`)."
         )
     first = next((line for line in done.stderr.splitlines() if "error" in line), "it gave no reason")
-    raise BuildError(
-        f"{compiler} does not compile C++17 ({first.strip()}): name a newer one in CXX, such as g++ 9."
-    )
+    raise BuildError(f"{compiler} does not compile C++17 ({first.strip()}): name a newer one in CXX, such as g++ 9.")
 
 
 def pypi_mpi() -> Mpi:
@@ -212,9 +210,7 @@ def system_mpi() -> Mpi:
         built = subprocess.run([wrapper, str(source), "-o", str(probe)], capture_output=True, text=True)
         if built.returncode != 0:
             reason = next((line for line in built.stderr.splitlines() if line.strip()), "no reason given")
-            raise BuildError(
-                f"{wrapper} does not build an MPI program ({reason.strip()}): load another MPI module."
-            )
+            raise BuildError(f"{wrapper} does not build an MPI program ({reason.strip()}): load another MPI module.")
         version = _output([str(probe)])
         library = re.search(r"lib(?:mpi|mpich)\.so\S* => (/\S+)", _output(["ldd", str(probe)]))
     if not version or library is None:

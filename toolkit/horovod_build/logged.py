@@ -61,9 +61,7 @@ def run_logged(
         file.flush()
         if process.returncode != 0:
             file.seek(start)
-            raise BuildError(
-                f"{what} failed:\n{_indent(first_error(file.read()))}\nFull log: {log}\n{advice}"
-            )
+            raise BuildError(f"{what} failed:\n{_indent(first_error(file.read()))}\nFull log: {log}\n{advice}")
 
 
 def _indent(text: str) -> str:

@@ -1,0 +1,22 @@
+"""`--check-sync` ends a run whose ranks part, and leaves BatchNorm's own statistics alone."""
+
+import re
+
+import pytest
+
+from tests.launching import WORKERS, launch
+
+
+@pytest.mark.parametrize(("every", "step"), [(1, 7), (4, 8)])
+def test_a_changed_tensor_is_named(every, step, tmp_path):
+    command = [WORKERS / "sync_cases.py", "--output", tmp_path / "run", "--check-sync", every]
+    result = launch(3, command, timeout=60)
+    assert result.returncode == 1
+    found = re.search(r"^error: (.*)$", result.stderr, flags=re.M)[1]
+    assert found.startswith(f"after step {step}, ranks 1 differ from rank 0 in model/2.bias (by up to 0.2"), found
+    assert result.stderr.count("error: ") == 1, "told once"
+
+
+def test_none_is_looked_for_without_it(tmp_path):
+    command = [WORKERS / "sync_cases.py", "--output", tmp_path / "run", "--check-sync", "0", "--epochs", "2"]
+    assert launch(3, command).returncode == 0

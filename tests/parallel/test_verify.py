@@ -1,0 +1,98 @@
+"""`hvdkit verify` passes what is right and finds, and names, what is not."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from tests.launching import WORKERS, launch
+from toolkit import verify
+
+FOUND = {
+    "": "pass",
+    "no distribute": "after step 1, ranks 1, 2, 3 differ from rank 0 in model/weight",
+    "no broadcast": "before the first step, ranks 1, 2, 3 differ from rank 0",
+    "augmentation by rank": "(augmentation)",
+    "same data on every rank": "(sharding)",
+    "unweighted tail": "losses part at step 14, an epoch's last and smaller batch",  # 442 = 13 · 32 + 26
+    "rate scaled twice": "the first update is 4 times one worker's",
+}
+
+
+@pytest.mark.parametrize("bug", FOUND, ids=lambda bug: bug or "no bug")
+def test_planted_bug(bug):
+    command = [
+        "-m",
+        "toolkit.cli",
+        "verify",
+        "-np",
+        "1,4",
+        "--steps",
+        "20",
+        *([] if bug == "" else ["--once"]),
+    ]
+    command += ["--", sys.executable, WORKERS / "planted.py"]
+    result = launch(1, command, launcher="none", environment={"PLANTED": bug})
+    assert result.returncode == (1 if bug else 0), result.stdout + result.stderr
+    assert FOUND[bug] in result.stdout, result.stdout
+    assert ("FAIL" in result.stdout) == bool(bug)
+    if not bug:
+        assert result.stdout.count(" yes ") == 2, "each size repeats to the bit"
+
+
+def test_against_another_framework():
+    recipe = [sys.executable, "recipes/linear_regression_torch.py"]
+    other = f"{sys.executable} recipes/linear_regression_tensorflow.py"
+    command = [
+        "-m",
+        "toolkit.cli",
+        "verify",
+        "-np",
+        "1",
+        "--once",
+        "--steps",
+        "20",
+        "--against",
+        other,
+        "--",
+        *recipe,
+    ]
+    result = launch(1, command, launcher="none")
+    assert result.returncode == 0 and "against" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [
+        (["nowhere-to-be-found"], "nowhere-to-be-found is not found"),
+        ([sys.executable, "-c", "pass"], "no checkpoint"),
+        ([sys.executable, "x.py", "--batch-size=3"], "--batch-size"),
+    ],
+)
+def test_a_mistake_is_one_line(recipe, text):
+    result = launch(1, ["-m", "toolkit.cli", "verify", "-np", "1", "--", *recipe], launcher="none")
+    assert result.returncode == 2
+    assert text in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def outcome(losses, **weights):
+    return verify.Outcome(np.array(losses), {f"model/{name}": np.array(v) for name, v in weights.items()}, 10)
+
+
+def test_comparison_of_figures_worked_out_by_hand():
+    reference = outcome([1.0, 2.0, 4.0], w=[1.0, -2.0], b=[0.0])
+    found = verify.compare(reference, outcome([1.0, 2.002, 4.0], w=[1.0, -2.004], b=[0.0]), 1e-4)
+    assert found.loss == pytest.approx(1e-3) and found.first_step == 2
+    assert found.weight == pytest.approx(2e-3) and found.tensor == "model/w"
+    assert not found.passes(1e-4) and found.passes(1e-2)
+    assert verify.compare(reference, reference, 0.0).passes(0.0)
+    assert not verify.compare(reference, outcome([1.0, float("nan"), 4.0], w=[1.0, -2.0], b=[0.0]), 1.0).passes(1.0)
+    assert not verify.compare(reference, outcome([1.0, 2.0], w=[1.0, -2.0], b=[0.0]), 1.0).passes(1.0)
+
+
+def test_tensors_of_another_framework_are_compared_whatever_their_layout():
+    kernel = np.arange(6.0).reshape(2, 3)
+    torch, keras = outcome([1.0], weight=kernel, bias=[7.0]), outcome([1.0], kernel=kernel.T, beta=[7.0])
+    assert verify.compare(torch, keras, 1e-6).passes(1e-6)
+    assert not verify.compare(torch, outcome([1.0], kernel=kernel.T + 1, beta=[7.0]), 1e-2).passes(1e-2)
+    assert not verify.compare(torch, outcome([1.0], kernel=kernel[:1], beta=[7.0]), 1e-2).passes(1e-2)

@@ -1,0 +1,179 @@
+"""The command `hvdkit`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from toolkit import checkpoint, verify
+from toolkit.errors import UsageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand and return the exit code: 0, 1 where a check failed, 2 for a user's mistake."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.function(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser(
+        "verify",
+        help="run a recipe with several numbers of workers, and compare losses and weights",
+        usage="hvdkit verify [options] -- python recipes/cnn_torch.py [its options]",
+    )
+    command.add_argument(
+        "-np",
+        default=[1, 2, 4],
+        type=_sizes,
+        help="numbers of workers, such as 1,2,4; the first is the reference",
+    )
+    command.add_argument("--steps", default=50, type=_positive, help="steps of each run (default: 50)")
+    command.add_argument("--tolerance", default=1e-4, type=float, help="largest relative difference (default: 1e-4)")
+    command.add_argument(
+        "--against",
+        metavar="COMMAND",
+        help="another framework's recipe, run with the first number of workers",
+    )
+    command.add_argument("--against-tolerance", default=1e-3, type=float, help="for --against (default: 1e-3)")
+    command.add_argument("--timeout", default=600, type=float, help="seconds for one run (default: 600)")
+    command.add_argument("--once", action="store_true", help="run each size once, without a look at repeatability")
+    command.add_argument(
+        "recipe", nargs="+", metavar="-- python recipe.py …", help="the recipe's command for one worker"
+    )
+    command.set_defaults(function=_verify)
+
+    command = commands.add_parser("checkpoint", help="look into checkpoints")
+    actions = command.add_subparsers(required=True, metavar="action")
+    for name, function, text in (
+        ("list", _list, "the checkpoints of a run directory, each checked"),
+        ("verify", _check, "check one checkpoint's files against their hashes"),
+        ("show", _show, "a checkpoint's manifest and tensors"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("path", type=Path, help="run directory" if name == "list" else "checkpoint directory")
+        action.set_defaults(function=function)
+    return parser
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise ValueError
+    return sizes
+
+
+def _positive(text: str) -> int:
+    return _sizes(text)[0]
+
+
+def _verify(options: argparse.Namespace) -> int:
+    recipe, tolerance = verify.Recipe(options.recipe, options.timeout), options.tolerance
+    print(f"{shlex.join(options.recipe)}: {options.steps} steps, tolerance {tolerance:g}", flush=True)
+    print(f"{'run':<16}{'loss differs':>14}{'weights differ':>16}  {'repeats':<9}verdict", flush=True)
+    reference: verify.Outcome | None = None
+    failed = False
+    for size in options.np:
+        outcome = recipe.run(size, options.steps)
+        again = None if options.once or outcome.error else recipe.run(size, options.steps)
+        repeats = "-" if again is None else "yes" if _same_bits(outcome, again) else "no"
+        reason = _row(f"{size} worker(s)", reference, outcome, tolerance, repeats)
+        failed |= reason is not None
+        if outcome.error:
+            print(f"  {outcome.error}")
+        elif reason is not None and reference is not None:
+            print(f"  {verify.explain(recipe, size, outcome, reason, tolerance)}")
+        if reference is None:
+            if outcome.error:
+                return 1
+            reference = outcome
+            if outcome.steps_per_epoch > options.steps:
+                print(f"  an epoch has {outcome.steps_per_epoch} steps: its last, smaller batch is not reached")
+    if options.against and reference is not None:
+        other = verify.Recipe(shlex.split(options.against), options.timeout).run(options.np[0], options.steps)
+        found = _row("against", reference, other, options.against_tolerance, "-")
+        failed |= found is not None
+        print(f"  {options.against}{': ' + other.error if other.error else ''}")
+    return 1 if failed else 0
+
+
+def _row(
+    name: str, reference: verify.Outcome | None, outcome: verify.Outcome, tolerance: float, repeats: str
+) -> verify.Comparison | None:
+    """Print a run's row; return its comparison where it fails."""
+    if reference is None or outcome.error:
+        verdict = "FAIL" if outcome.error else "reference"
+        print(f"{name:<16}{'-':>14}{'-':>16}  {repeats:<9}{verdict}", flush=True)
+        return verify.Comparison(float("inf"), 1, float("inf"), "") if outcome.error else None
+    found = verify.compare(reference, outcome, tolerance)
+    passes = found.passes(tolerance)
+    verdict = "pass" if passes else "FAIL"
+    where = "" if passes else f", first at step {found.first_step}" if found.first_step else f", most in {found.tensor}"
+    print(
+        f"{name:<16}{found.loss:>14.2e}{found.weight:>16.2e}  {repeats:<9}{verdict}{where}",
+        flush=True,
+    )
+    return None if passes else found
+
+
+def _same_bits(a: verify.Outcome, b: verify.Outcome) -> bool:
+    return (
+        a.losses.tobytes() == b.losses.tobytes()
+        and a.weights.keys() == b.weights.keys()
+        and all(a.weights[name].tobytes() == b.weights[name].tobytes() for name in a.weights)
+    )
+
+
+def _list(options: argparse.Namespace) -> int:
+    paths = checkpoint.steps(options.path)
+    if not paths:
+        raise UsageError(f"{options.path} holds no checkpoint: give a run's directory, such as runs/cnn_torch-001.")
+    damaged = 0
+    for path in paths:
+        try:
+            checkpoint.read(path)
+            print(f"{path}  whole")
+        except checkpoint.DamagedCheckpoint as damage:
+            damaged += 1
+            print(f"{path}  DAMAGED: {damage}")
+    return 1 if damaged else 0
+
+
+def _read(path: Path) -> checkpoint.Checkpoint:
+    if not path.is_dir():
+        raise UsageError(f"{path} is no directory: give a checkpoint, such as runs/cnn_torch-001/step-00000450.")
+    return checkpoint.read(path)
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        print(f"{_read(options.path).path}: whole")
+        return 0
+    except checkpoint.DamagedCheckpoint as damage:
+        print(f"error: {damage}", file=sys.stderr)
+        return 1
+
+
+def _show(options: argparse.Namespace) -> int:
+    try:
+        found = _read(options.path)
+    except checkpoint.DamagedCheckpoint as damage:
+        print(f"error: {damage}", file=sys.stderr)
+        return 1
+    for key, value in found.manifest.items():
+        print(f"{key}: {value}")
+    for name, array in found.state.items():
+        print(f"{name}  {array.dtype}{list(array.shape)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
