@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def write(directory: Path, step: int, state: Mapping[str, np.ndarray], manifest:
 
     Args:
         directory: made if missing.
-        step: names the checkpoint; one that is there already is left as it is.
+        step: names the checkpoint; a whole one that is there already is left as it is, a damaged one
+            is set aside under another name.
         state: names to arrays.
         manifest: JSON values to keep beside them.
         keep: number of checkpoints to leave, ≥ 1.
@@ -64,7 +66,10 @@ def write(directory: Path, step: int, state: Mapping[str, np.ndarray], manifest:
     """
     final = directory / f"step-{step:08d}"
     if final.exists():
-        return final
+        try:
+            return read(final).path
+        except DamagedCheckpoint:
+            final.rename(directory / f"{final.name}.damaged-{time.time_ns()}")
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".step-{step:08d}.{os.getpid()}.tmp"
     try:

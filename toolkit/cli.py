@@ -65,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(text: str) -> list[int]:
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 1:
-        raise ValueError
-    return sizes
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers of at least 1.")
+    return [int(part) for part in parts]
 
 
 def _positive(text: str) -> int:

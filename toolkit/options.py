@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from toolkit import schedule, world
+from toolkit import world
 from toolkit.world import World
 
 
-def option(default: Any, help: str, *, minimum: float | None = None, above: float | None = None) -> Any:
+def option(
+    default: Any, help: str, *, minimum: float | None = None, maximum: float = math.inf, above: float | None = None
+) -> Any:
     """A dataclass field that becomes a flag.
 
     Args:
         default: its value without the flag. A bool becomes a switch.
         help: one line for `--help`, with the unit.
         minimum: smallest value accepted.
+        maximum: largest value accepted.
         above: the value must be larger than this.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "minimum": minimum, "above": above})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "above": above}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class RunOptions:
     accumulation_steps: int = option(1, "passes that a worker cuts its part of a global batch into", minimum=1)
     learning_rate: float = option(0.02, "for the global batch size, or for one worker's --batch-size", above=0)
     warmup_epochs: float = option(1.0, "length of the warm-up where --batch-size scales the rate", minimum=0)
-    seed: int = option(0, "for initial weights and the order of the samples", minimum=0)
+    seed: int = option(0, "for initial weights and the order of the samples", minimum=0, maximum=2**32 - 1)
     output: Path | None = option(None, "directory for checkpoints and metrics.jsonl (default: a new one under runs/)")
     resume: bool = option(False, "continue the run in --output, or the latest run under runs/")
     keep: int = option(3, "checkpoints to keep", minimum=1)
@@ -53,10 +60,6 @@ class RunOptions:
     def samples_per_step(self, world: World) -> int:
         """The global batch size in samples."""
         return self.batch_size * world.size if self.batch_size else self.global_batch_size
-
-    def rate_scale(self, world: World) -> float:
-        """How much larger the global batch is than the one that `learning_rate` is for."""
-        return schedule.linear_scale(self.samples_per_step(world), self.batch_size or self.global_batch_size)
 
 
 Options = TypeVar("Options")
@@ -91,7 +94,7 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
         return
     base = next(t for t in typing.get_args(hint) if t is not type(None)) if _is_union(hint) else hint
     shown = "" if field.default is None else f" (default: {field.default})"
-    convert = _converter(flag, base, field.metadata["minimum"], field.metadata["above"])
+    convert = _converter(flag, base, field.metadata)
     parser.add_argument(
         *names, type=convert, default=field.default, metavar=base.__name__.upper(), help=help_line + shown
     )
@@ -101,12 +104,15 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _converter(flag: str, base: type, minimum: float | None, above: float | None) -> Any:
+def _converter(flag: str, base: type, limits: Mapping[str, Any]) -> Any:
+    minimum, maximum, above = limits["minimum"], limits["maximum"], limits["above"]
     accepted = {int: "a whole number", float: "a number"}.get(base, f"a {base.__name__}")
     if minimum is not None:
         accepted += f" of at least {minimum}"
     if above is not None:
         accepted += f" above {above}"
+    if maximum < math.inf:
+        accepted += f" and at most {maximum}"
 
     def convert(text: str) -> Any:
         try:
@@ -114,8 +120,9 @@ def _converter(flag: str, base: type, minimum: float | None, above: float | None
         except ValueError:
             value = None
         out_of_range = value is not None and (
-            (minimum is not None and not minimum <= value < float("inf"))
-            or (above is not None and not above < value < float("inf"))
+            (minimum is not None and not minimum <= value < math.inf)
+            or (above is not None and not above < value < math.inf)
+            or (maximum < math.inf and value > maximum)
         )
         if value is None or out_of_range:
             raise argparse.ArgumentTypeError(f"{flag} is {text!r}: give {accepted}.")

@@ -23,6 +23,21 @@ from toolkit.sharding import Part, Sharding
 from toolkit.world import World
 
 _FLUSH_STEPS = 50  # steps whose losses are averaged over the ranks in one collective operation
+# Options that may change when a run is resumed. The global batch's size, which must not, is kept as it came out.
+_FREE_OPTIONS = [
+    "epochs",
+    "batch_size",
+    "global_batch_size",
+    "output",
+    "resume",
+    "keep",
+    "checkpoint_every",
+    "print_every",
+    "max_steps",
+    "check_sync",
+    "no_tuning",
+    "verbose",
+]
 
 
 class Batch(NamedTuple):
@@ -166,7 +181,8 @@ class Run:
 
     def learning_rate(self) -> float:
         """The rate for the coming step: scaled with the global batch, warmed up to it."""
-        scale = self.options.rate_scale(self.world)
+        reference = min(self.options.batch_size or self.options.global_batch_size, self.sharding.samples)
+        scale = schedule.linear_scale(self.sharding.global_batch_size, reference)
         warmup_steps = round(self.options.warmup_epochs * self.sharding.steps_per_epoch)
         return self.options.learning_rate * scale * schedule.warmup(self.step, warmup_steps, 1 / scale)
 
@@ -251,7 +267,9 @@ class Run:
         return row
 
     def save(self) -> Path:
-        """Rank 0 writes a checkpoint of this moment; all ranks call it."""
+        """Rank 0 writes a checkpoint of this moment; all ranks call it, and hold the same model."""
+        if self.options.check_sync:
+            self.check_sync()
         path = self.directory / f"step-{self.step:08d}"
         if self.world.rank == 0:
             state = self.adapter.export_state(self.model, self.optimizer)
@@ -313,11 +331,13 @@ class Run:
             found = checkpoint.newest(directory)
             if found is None:
                 raise UsageError(
-                    f"--resume found no whole checkpoint in {directory}: run without --resume to begin anew."
+                    f"--resume found no whole checkpoint in {directory}: choose another --output to begin anew."
                 )
             self._check_same_run(found)
             return directory, found
-        directory = options.output or runs / f"{self.name}-{last + 1:03d}"
+        if options.output is None:
+            return _new_directory(runs, self.name, last + 1), None
+        directory = options.output
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UsageError(f"{directory} is not an empty directory: choose another --output, or add --resume.")
         try:
@@ -336,12 +356,13 @@ class Run:
                 )
 
     def _identity(self) -> dict[str, Any]:
-        """What must be alike for a position to mean the same samples."""
+        """What a resumed run must have alike to be the same run: the recipe, its data, its own options."""
+        own = {name: value for name, value in vars(self.options).items() if name not in _FREE_OPTIONS}
         return {
             "recipe": self.name,
-            "seed": self.options.seed,
-            "global_batch_size": self.sharding.global_batch_size,
             "samples": self.sharding.samples,
+            "global_batch_size": self.sharding.global_batch_size,
+            **{name: value for name, value in own.items() if isinstance(value, bool | int | float | str)},
         }
 
     def _open_metrics(self) -> None:
@@ -360,3 +381,16 @@ class Run:
             return json.loads(line)["step"] <= self.step
         except (ValueError, KeyError, TypeError):
             return False  # a row that a killed run left unfinished
+
+
+def _new_directory(runs: Path, name: str, number: int) -> Path:
+    """Make `<name>-<number>` under `runs`, or with the next number that no other run takes meanwhile."""
+    while True:
+        directory = runs / f"{name}-{number:03d}"
+        try:
+            directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UsageError(f"{directory} can't be made: {error.strerror}; name another with --output.") from None

@@ -38,7 +38,7 @@ class Sharding:
         global_batch_size: samples that all ranks together take for one step, ≥ 1; the last batch
             of an epoch holds what is left.
         size: number of ranks.
-        seed: decides, with the epoch's number, the order of the samples.
+        seed: 0 … 2³² − 1; decides, with the epoch's number, the order of the samples.
         accumulation_steps: passes that make one step; each global batch is cut into
             `size · accumulation_steps` parts.
     """
@@ -61,7 +61,8 @@ class Sharding:
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's samples in the order in which they are used: int64, shape (samples,)."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.samples)
+        # RandomState, because numpy promises its stream for good: a run may be resumed under another numpy.
+        return np.random.RandomState([self.seed, epoch]).permutation(self.samples)
 
     def global_batch(self, order: np.ndarray, step: int) -> np.ndarray:
         """The samples of an epoch's step, for all ranks together."""

@@ -1,20 +1,25 @@
-"""Settings of this process for this machine, chosen before Horovod starts.
+"""Settings of this process for this machine, chosen around Horovod's start. Nothing that the user set is changed.
 
-The figures behind them are in the README's section on speed. Nothing that the user set is changed.
+Why they are worth it: a CNN of 21,840 parameters took 15.7 ms a step with 2 workers on 2 cores under
+Horovod's own settings, 11.0 ms with these, and 9.2 ms without any communication.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from toolkit import world
+_ENVIRONMENT = {
+    "OMPI_MCA_mpi_yield_when_idle": ("1", "Open MPI otherwise spins on the cores that compute"),
+    "HOROVOD_CYCLE_TIME": ("0.2", "milliseconds between Horovod's looks at its queue; 1 delays small models"),
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": ("300", "a rank that does not come ends the job, not a night"),
+}
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What `choose` decided.
+    """What was decided.
 
     Attributes:
         threads: compute threads for this process's framework; None leaves the framework's own choice.
@@ -26,42 +31,38 @@ class Choices:
     environment: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 
-    def apply_environment(self) -> None:
-        """Set the variables; must come before `MPI_Init` and `hvd.init()` to have an effect."""
-        os.environ.update(self.environment)
-
     def explain(self) -> str:
         """The choices and their reasons, a line each."""
         return "\n".join(f"tuning: {reason}" for reason in self.reasons) or "tuning: off"
 
 
-def choose(environ: Mapping[str, str] = os.environ, cores: int | None = None) -> Choices:
-    """Decide from the cores this process may use and the number of workers on this host.
-
-    Args:
-        environ: the environment, with the launcher's and the user's variables.
-        cores: cores that this process may run on; None asks the operating system.
-    """
-    launched = world.from_launcher(environ)
-    workers = launched.local_size if launched else 1
-    available = len(os.sched_getaffinity(0)) if cores is None else cores
-    threads: int | None = max(1, available // workers)
-    reasons = [f"{threads} compute thread(s): {available} core(s) for {workers} worker(s) on this host"]
-    if "OMP_NUM_THREADS" in environ:
-        threads = None
-        reasons = [f"compute threads left alone: OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is set"]
-    wanted = {
-        "OMPI_MCA_mpi_yield_when_idle": ("1", "Open MPI otherwise spins on the cores that compute"),
-        "HOROVOD_CYCLE_TIME": (
-            "0.2",
-            "milliseconds between Horovod's looks at its queue; 1 delays small models",
-        ),
-    }
-    chosen = {}
-    for name, (value, reason) in wanted.items():
+def choose_environment(environ: Mapping[str, str] = os.environ) -> Choices:
+    """Decide on the variables to set before MPI and Horovod start."""
+    chosen, reasons = {}, []
+    for name, (value, reason) in _ENVIRONMENT.items():
         if name in environ:
             reasons.append(f"{name}={environ[name]} left alone: it is set")
         else:
             chosen[name] = value
             reasons.append(f"{name}={value}: {reason}")
-    return Choices(threads, chosen, tuple(reasons))
+    return Choices(environment=chosen, reasons=tuple(reasons))
+
+
+def with_threads(
+    choices: Choices, local_size: int, environ: Mapping[str, str] = os.environ, cores: int | None = None
+) -> Choices:
+    """Add the number of compute threads, once the number of workers on this host is known.
+
+    Args:
+        choices: what was decided already.
+        local_size: workers on this host.
+        environ: the environment, with the user's variables.
+        cores: cores that this process may run on; None asks the operating system.
+    """
+    if "OMP_NUM_THREADS" in environ:
+        reason = f"compute threads left alone: OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is set"
+        return replace(choices, reasons=(*choices.reasons, reason))
+    available = len(os.sched_getaffinity(0)) if cores is None else cores
+    threads = max(1, available // local_size)
+    reason = f"{threads} compute thread(s): {available} core(s) for {local_size} worker(s) on this host"
+    return replace(choices, threads=threads, reasons=(*choices.reasons, reason))

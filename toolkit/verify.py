@@ -94,22 +94,31 @@ class Recipe:
                 mpirun = shutil.which("mpirun") or str(Path(sys.executable).with_name("mpirun"))
                 line = [mpirun, "-np", str(size), "--oversubscribe", "--bind-to", "none", *line]
             root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+            environment = {**root, **os.environ}
             try:
-                ended = subprocess.run(
-                    line,
-                    env={**root, **os.environ},
-                    capture_output=True,
-                    text=True,
-                    timeout=self.timeout,
-                    check=False,
+                process = subprocess.Popen(
+                    line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
                 )
             except FileNotFoundError as error:
                 raise UsageError(f"{error.filename} is not found: give a command that runs.") from None
-            except subprocess.TimeoutExpired:
-                return _failed(f"the run did not end within {self.timeout:.0f} s")
-            if ended.returncode:
-                return _failed(_last_words(ended.stderr))
-            return _read(output)
+            try:
+                _, printed = process.communicate(timeout=self.timeout)
+            except BaseException as error:
+                _end(process)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                return _failed(f"the run did not end within {self.timeout:g} s")
+            return _failed(_last_words(printed)) if process.returncode else _read(output)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a launcher by SIGTERM, at which it ends its workers; only if it lingers by SIGKILL."""
+    process.terminate()
+    try:
+        process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def _failed(error: str) -> Outcome:
@@ -177,7 +186,7 @@ def explain(recipe: Recipe, size: int, outcome: Outcome, comparison: Comparison,
         )
     if first is not None and first % outcome.steps_per_epoch == 0:
         return (
-            f"losses part at step {first}, an epoch's last and smaller batch: its unequal parts are not "
+            f"losses part at step {first}, an epoch's last batch, which may be smaller: its parts are not "
             "weighted (Batch.weight)"
         )
     start, one, many = recipe.run(1, 0), recipe.run(1, 1), recipe.run(size, 1)

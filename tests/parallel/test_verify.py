@@ -14,7 +14,7 @@ FOUND = {
     "no broadcast": "before the first step, ranks 1, 2, 3 differ from rank 0",
     "augmentation by rank": "(augmentation)",
     "same data on every rank": "(sharding)",
-    "unweighted tail": "losses part at step 14, an epoch's last and smaller batch",  # 442 = 13 · 32 + 26
+    "unweighted tail": "losses part at step 14, an epoch's last batch",  # 442 = 13 · 32 + 26
     "rate scaled twice": "the first update is 4 times one worker's",
 }
 
@@ -73,6 +73,13 @@ def test_a_mistake_is_one_line(recipe, text):
     result = launch(1, ["-m", "toolkit.cli", "verify", "-np", "1", "--", *recipe], launcher="none")
     assert result.returncode == 2
     assert text in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path):
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(600)")
+    command = ["-m", "toolkit.cli", "verify", "-np", "2", "--timeout", "3", "--", sys.executable, tmp_path / "hangs.py"]
+    result = launch(1, command, launcher="none")  # which checks that nothing is left
+    assert result.returncode == 1 and "did not end within 3 s" in result.stdout, result.stdout + result.stderr
 
 
 def outcome(losses, **weights):

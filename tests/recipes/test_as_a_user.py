@@ -94,6 +94,30 @@ def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(mistake, size, mn
     assert sorted(tmp_path.rglob("*")) == before
 
 
+# What TensorFlow says while it loads, before a recipe can parse its options.
+TENSORFLOWS_OWN = ("WARNING: All log messages", "I0000 ", "To enable the following")
+
+
+@pytest.mark.parametrize("mistake", ["unknown flag", "batch size of 0", "no data directory", "lying header"])
+@pytest.mark.parametrize("recipe", ["cnn_tensorflow", "cnn_keras"])
+def test_a_mistake_is_one_line_in_every_framework(recipe, mistake, mnist, tmp_path):
+    arguments, damage, named = MISTAKES[mistake]
+    if damage:
+        damage(mnist)
+    before = sorted(tmp_path.rglob("*"))
+    result = launch(1, [ROOT / f"recipes/{recipe}.py", *arguments], launcher="none", cwd=tmp_path)
+    ours = [line for line in result.stderr.splitlines() if not line.startswith(TENSORFLOWS_OWN)]
+    assert result.returncode == 2 and len(ours) == 1 and named in ours[0], result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_refuses_other_options_of_the_recipe(tmp_path):
+    command = [TORCH, "--max-steps", "2", "--output", tmp_path / "run"]
+    assert launch(1, command, launcher="none").returncode == 0
+    result = launch(1, [*command, "--resume", "--momentum", "0.5"], launcher="none")
+    assert result.returncode == 2 and "momentum 0.9" in result.stderr and "momentum 0.5" in result.stderr
+
+
 def test_a_run_is_not_overwritten(tmp_path):
     command = [TORCH, "--max-steps", "2", "--output", tmp_path / "run"]
     assert launch(1, command, launcher="none").returncode == 0

@@ -14,14 +14,17 @@ if any(other != digests[0] for other in digests):
 dp.stop()"""
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda text: re.search(r"adapters\.(\w+)", text)[1])
-def test_script(script, backend, tmp_path):
-    if "adapters.keras" not in script and f"adapters.{backend}" not in script:
-        return
+RUNS = {"torch": ("torch", ""), "tensorflow": ("tensorflow", "")}
+RUNS |= {f"keras on {backend}": ("keras", backend) for backend in ("tensorflow", "torch")}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_script(run, tmp_path):
+    adapter, backend = RUNS[run]
+    (script,) = (text for text in SCRIPTS if f"toolkit.adapters.{adapter} " in text)
     assert script.count("\ndp.stop()") == 1
     (tmp_path / "script.py").write_text(script.replace("\ndp.stop()", CHECK))
-    result = launch(2, [tmp_path / "script.py"], cwd=tmp_path, environment={"KERAS_BACKEND": backend})
+    result = launch(2, [tmp_path / "script.py"], cwd=tmp_path, environment={"KERAS_BACKEND": backend or "tensorflow"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("model.")]
 

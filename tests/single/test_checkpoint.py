@@ -45,6 +45,16 @@ def test_one_that_exists_is_not_written_again(tmp_path):
     assert checkpoint.read(path).manifest["epoch"] == 5
 
 
+def test_a_damaged_one_is_set_aside_and_written_anew(tmp_path):
+    (path,) = written(tmp_path, 5)
+    (path / "state.safetensors").write_bytes(b"torn")
+    written(tmp_path, 5)
+    assert checkpoint.read(path).manifest["epoch"] == 5
+    (aside,) = tmp_path.glob("step-00000005.damaged-*")
+    assert (aside / "state.safetensors").read_bytes() == b"torn"
+    assert checkpoint.steps(tmp_path) == [path]
+
+
 def flip_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -28,6 +28,7 @@ def test_values_and_types():
         (["--batch-size", "0"], ["--batch-size is '0'", "at least 1"]),
         (["--global-batch-size", "-4"], ["--global-batch-size is '-4'", "at least 1"]),
         (["--epochs", "2.5"], ["--epochs is '2.5'", "whole number"]),
+        (["--seed", str(2**32)], ["--seed", "at most 4294967295"]),
         (["--learning-rate", "0"], ["above 0"]),
         (["--learning-rate", "nan"], ["'nan'"]),
         (["--learning-rate", "inf"], ["'inf'"]),

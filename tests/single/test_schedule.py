@@ -5,6 +5,7 @@ import pytest
 from toolkit import schedule
 from toolkit.errors import UsageError
 from toolkit.options import RunOptions
+from toolkit.run import Run
 from toolkit.world import World
 
 
@@ -22,6 +23,15 @@ def test_linear_scale():
 
 def test_a_batch_per_worker_scales_the_rate_and_a_global_batch_does_not():
     world = World(0, 4)
-    assert RunOptions().rate_scale(world) == 1.0 and RunOptions().samples_per_step(world) == 32
-    grown = RunOptions(batch_size=16)
-    assert grown.rate_scale(world) == 4.0 and grown.samples_per_step(world) == 64
+    for options, batch, rates in (
+        (RunOptions(), 32, [0.02, 0.02, 0.02]),
+        (RunOptions(batch_size=16, warmup_epochs=2), 64, [0.02, 0.02 + 0.06 / 4, 0.08]),  # 2 steps an epoch
+        (RunOptions(batch_size=60, warmup_epochs=0), 128, [0.02 * 128 / 60] * 3),  # no more samples than there are
+    ):
+        run = Run(options, world, None, None, None, samples=128)
+        assert run.sharding.global_batch_size == batch
+        found = []
+        for step in (0, 1, 4):
+            run._at.step = step
+            found.append(run.learning_rate())
+        assert found == pytest.approx(rates)

@@ -37,14 +37,13 @@ def test_from_launcher(environ, world):
 
 
 def test_cores_are_shared_among_the_hosts_workers():
-    four = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
-    assert tuning.choose({}, cores=8).threads == 8
-    assert tuning.choose(four, cores=8).threads == 2
-    assert tuning.choose(four, cores=2).threads == 1
+    threads = [tuning.with_threads(tuning.Choices(), workers, {}, cores=8).threads for workers in (1, 4, 3, 16)]
+    assert threads == [8, 2, 2, 1]
 
 
 def test_what_the_user_set_is_left_alone():
-    found = tuning.choose({"OMP_NUM_THREADS": "3", "HOROVOD_CYCLE_TIME": "5"}, cores=8)
+    environ = {"OMP_NUM_THREADS": "3", "HOROVOD_CYCLE_TIME": "5"}
+    found = tuning.with_threads(tuning.choose_environment(environ), 2, environ, cores=8)
     assert found.threads is None
     assert "HOROVOD_CYCLE_TIME" not in found.environment and "OMPI_MCA_mpi_yield_when_idle" in found.environment
-    assert "HOROVOD_CYCLE_TIME=5 left alone" in found.explain()
+    assert "HOROVOD_CYCLE_TIME=5 left alone" in found.explain() and "OMP_NUM_THREADS=3 is set" in found.explain()

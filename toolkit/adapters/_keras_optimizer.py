@@ -53,6 +53,15 @@ def distribute(
     return optimizer
 
 
+def require_distributed(model: Any) -> None:
+    """Raise `UsageError` where the model would train with an optimizer that `distribute` has not seen."""
+    if not isinstance(model.optimizer, _Distributed):
+        raise UsageError(
+            f"the model is compiled with a plain {type(model.optimizer).__name__}, which trains each rank on its own: "
+            "optimizer = distribute(optimizer, model), then compile(optimizer=optimizer), also after load_model()."
+        )
+
+
 class _Distributed:
     """Mixed in before an optimizer's own class by `distribute`; has no constructor of its own."""
 
@@ -102,10 +111,9 @@ def _check(optimizer: Any) -> None:
             f"{kind.__name__} has its own apply_gradients(), which may pass by the averaging in apply(): "
             "override apply() or update_step() instead."
         )
-    for holder in gc.get_referrers(optimizer):
-        if isinstance(holder, _LossScaleOptimizer) or (
-            isinstance(holder, dict) and holder.get("inner_optimizer") is optimizer
-        ):
+    for holder in gc.get_referrers(optimizer):  # an object, or the dict of its attributes
+        found = vars(holder) if isinstance(holder, _LossScaleOptimizer) else holder
+        if isinstance(found, dict) and found.get("inner_optimizer") is optimizer and "dynamic_growth_steps" in found:
             raise UsageError("this optimizer is inside a LossScaleOptimizer: pass that one to distribute().")
 
 

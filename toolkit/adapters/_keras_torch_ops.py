@@ -25,7 +25,7 @@ class GradientAverager:
         self._name = name
         self._compression = compression
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # under jit_compile=True: Horovod's operations are no part of a compiled graph
     @torch.no_grad()
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient over all ranks."""

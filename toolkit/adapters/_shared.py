@@ -25,7 +25,7 @@ COMPRESSIONS = ("none", "fp16")
 def seed_python_and_numpy(seed: int) -> None:
     """Seed `random` and numpy's legacy global generator, which users' own data code may use."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
 
 
 def start_horovod(hvd: Any, *, tune: bool, verbose: bool) -> tuple[World, Choices]:
@@ -42,8 +42,8 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool) -> tuple[World, Choice
     if launched is None:  # one worker needs no MPI, which would look for its daemon
         os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
-    choices = tuning.choose() if tune else Choices()
-    choices.apply_environment()
+    choices = tuning.choose_environment() if tune else Choices()
+    os.environ.update(choices.environment)
     hvd.init()
     here = world.from_horovod(hvd)
     if launched is not None and launched.size != here.size:
@@ -52,6 +52,7 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool) -> tuple[World, Choice
             "start them with the mpirun or horovodrun of the MPI that Horovod was built with."
         )
     end_job_on_exception(here)
+    choices = tuning.with_threads(choices, here.local_size) if tune else choices
     if verbose and here.rank == 0:
         print(choices.explain(), flush=True)
     return here, choices

@@ -25,16 +25,18 @@ def average_gradients(
     Which are missing travels in the same grouped all-reduce, as one more small tensor.
 
     Args:
-        gradients: one per parameter, of its shape; a dense one may be averaged in place.
+        gradients: one per parameter, of its shape; bfloat16, which Horovod lacks, travels as float32.
         parameters: what the gradients belong to, alike on all ranks.
         sparse: which gradients are sparse tensors, alike on all ranks; None: none is.
         compression: a key of `COMPRESSORS`; sparse gradients travel uncompressed.
         name: names the collective operation; the same on all ranks.
     """
+    if not parameters:
+        return []
     sparse = sparse or [False] * len(parameters)
     present = torch.tensor([g is not None for g in gradients], dtype=torch.float32, device=parameters[0].device)
     dense = [
-        (torch.zeros_like(p) if g is None else g.to_dense()).contiguous()
+        _wire(torch.zeros_like(p) if g is None else g.to_dense())
         for g, p, is_sparse in zip(gradients, parameters, sparse, strict=True)
         if not is_sparse
     ]
@@ -48,8 +50,12 @@ def average_gradients(
     means: list[torch.Tensor | None] = []
     for i, (gradient, parameter, is_sparse) in enumerate(zip(gradients, parameters, sparse, strict=True)):
         mean = _average_sparse(gradient, parameter, f"{name}.sparse{i}") if is_sparse else next(dense_means)
-        means.append(mean if present[i] > 0 else None)
+        means.append(mean.to(parameter.dtype) if present[i] > 0 else None)
     return means
+
+
+def _wire(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous()
 
 
 def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, name: str) -> torch.Tensor:
@@ -59,7 +65,7 @@ def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, name
     gradient = gradient.coalesce()
     # Horovod gathers along the first dimension, which may differ in length between ranks.
     indices = hvd.allgather(gradient.indices().t().contiguous(), name=f"{name}.indices")
-    values = hvd.allgather(gradient.values().contiguous(), name=f"{name}.values")
+    values = hvd.allgather(_wire(gradient.values()), name=f"{name}.values")
     mean = torch.sparse_coo_tensor(indices.t(), values / hvd.size(), parameter.shape, check_invariants=True)
     return mean.coalesce()
 

@@ -45,7 +45,7 @@ def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
     here, choices = _shared.start_horovod(hvd, tune=tune, verbose=verbose)
     if choices.threads:
         set_threads(choices.threads)
-    keras.utils.set_random_seed(seed % 2**32)
+    keras.utils.set_random_seed(seed)
     _shared.seed_python_and_numpy(seed)
     return here
 
@@ -119,12 +119,13 @@ class BroadcastState(keras.callbacks.Callback):
     """Give every rank rank 0's model and optimizer state before the first batch of each `fit`.
 
     Raises:
-        UsageError: from `fit`, where the model has no input shape yet, so no variables, or where
-            its train step would be compiled with XLA.
+        UsageError: from `fit`, where the model has no input shape yet, so no variables, where its
+            optimizer is not distributed, or where its train step would be compiled with XLA.
     """
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Broadcast, by Keras' call at the start of `fit`."""
+        _keras_optimizer.require_distributed(self.model)
         if BACKEND == "tensorflow" and self.model.jit_compile:
             raise UsageError("the model is compiled with jit_compile=True, which can't hold Horovod: use False.")
         broadcast_state(self.model, self.model.optimizer)
@@ -139,6 +140,10 @@ class MetricAverage(keras.callbacks.Callback):
     `weighted_metrics` by its weight. Other numbers in the logs become their plain mean. What
     `evaluate` returns outside of `fit` stays this rank's.
     """
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Refuse an optimizer that is not distributed."""
+        _keras_optimizer.require_distributed(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Forget the last epoch's metrics."""

@@ -33,7 +33,7 @@ def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
     here, choices = _shared.start_horovod(hvd, tune=tune, verbose=verbose)
     if choices.threads:
         _tensorflow_ops.set_threads(choices.threads)
-    keras.utils.set_random_seed(seed % 2**32)
+    keras.utils.set_random_seed(seed)
     _shared.seed_python_and_numpy(seed)
     return here
 

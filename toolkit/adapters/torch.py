@@ -10,10 +10,11 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from toolkit.adapters import _shared, _torch_ops
+from toolkit.adapters import _shared, _torch_ops, _torch_state
 from toolkit.errors import UsageError
 from toolkit.world import World
 
+_HOOK = "_hvdkit_hook"  # a parameter's attribute: the optimizer that averages its gradient, and the hook
 _names = (f"gradients{i}" for i in itertools.count())  # of collectives: the i-th distribute() on every rank
 
 
@@ -46,11 +47,17 @@ def distribute(
     (with accumulation: as soon as the k-th one returns), so that `torch.amp.GradScaler`, one's own
     clipping and closures (LBFGS) work as in one process. Between accumulated passes `step()` and
     `zero_grad()` of the optimizer do nothing; `optimizer.flush()` applies an unfinished
-    accumulation as the mean over the passes that it has.
+    accumulation as the mean over the passes that it has. Clear gradients by the optimizer's
+    `zero_grad()`, not the model's, between accumulated passes.
+
+    Every rank makes the same calls of `backward()` and `step()`. With several optimizers under one
+    `backward()`, it must reach each of them on every rank or on none.
     """
     _shared.require_started(hvd)
     _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
     _check_optimizer(optimizer, model)
+    if clip_norm is not None and _sparse_parameters(model):
+        raise UsageError("clip_norm with sparse embeddings: torch can't take their norm; use sparse=False or None.")
     kind = type(optimizer)
     optimizer.__class__ = type(kind.__name__, (_Distributed, kind), {"__module__": kind.__module__})
     optimizer._attach(model, accumulation_steps, clip_norm, compression)
@@ -87,16 +94,18 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
             seen.add(id(p))
 
 
+def _sparse_parameters(model: torch.nn.Module) -> set[int]:
+    """The ids of parameters whose gradients are sparse tensors."""
+    kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    return {id(module.weight) for module in model.modules() if isinstance(module, kinds) and module.sparse}
+
+
 class _Distributed(torch.optim.Optimizer):
     """Mixed in before an optimizer's own class by `distribute`; has no constructor of its own."""
 
     def _attach(self, model: torch.nn.Module, accumulation_steps: int, clip_norm: float | None, compression: str):
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._sparse = {
-            id(m.weight)
-            for m in model.modules()
-            if isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag) and m.sparse
-        }
+        self._sparse = _sparse_parameters(model)
         self._accumulation_steps, self._clip_norm, self._compression = (
             accumulation_steps,
             clip_norm,
@@ -104,8 +113,8 @@ class _Distributed(torch.optim.Optimizer):
         )
         self._collective = next(_names)
         self._passes = 0  # backward passes since the last step
-        self._callback_queued = False
-        self._hooked: set[int] = set()
+        self._passes_at_step = 0  # and how many of them the latest step() knew
+        self._backward = -1  # the backward pass at whose end our callback is queued
         self._held: list[Any] = []
         self._hook_parameters()
 
@@ -113,19 +122,22 @@ class _Distributed(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _hook_parameters(self) -> None:
+        """Have each parameter call us once its gradient is there, in place of an earlier optimizer's hook."""
         for p in self._parameters():
-            if id(p) not in self._hooked:
-                p.register_post_accumulate_grad_hook(self._queue_callback)
-                self._hooked.add(id(p))
+            owner, handle = getattr(p, _HOOK, (None, None))
+            if owner is not self:
+                if handle is not None:
+                    handle.remove()
+                setattr(p, _HOOK, (self, p.register_post_accumulate_grad_hook(self._queue_callback)))
 
     def _queue_callback(self, _: torch.Tensor) -> None:
         """After a parameter's gradient: have the engine call us once, at the end of this backward pass."""
-        if not self._callback_queued:
-            self._callback_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
 
-    def _end_of_backward(self) -> None:
-        self._callback_queued = False
+    def _end_of_pass(self) -> None:
         self._passes += 1
         k = self._accumulation_steps
         if self._passes > k > 1:
@@ -157,19 +169,20 @@ class _Distributed(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters from the averaged gradients; while accumulating, do nothing."""
         self._hook_parameters()
-        if closure is None and self._passes < self._accumulation_steps:
-            if self._passes > 0:
-                self._held = [p.grad for p in self._parameters()]
-                return None
-            self._average(1)  # gradients that no backward pass of ours has seen
         if closure is not None:
             if self._accumulation_steps > 1:
                 raise UsageError("step(closure) evaluates whole batches: use accumulation_steps=1 with it.")
             result: Any = super().step(self._averaged_closure(closure))
         else:
+            if self._passes == self._passes_at_step:  # no backward pass has reached a parameter here
+                self._end_of_pass()
+            if self._passes < self._accumulation_steps:
+                self._passes_at_step = self._passes
+                self._held = [p.grad for p in self._parameters()]
+                return None
             self._clip()
             result = super().step()
-        self._passes = 0
+        self._passes = self._passes_at_step = 0
         return result
 
     def flush(self) -> Any:
@@ -187,8 +200,11 @@ class _Distributed(torch.optim.Optimizer):
         """The closure with the loss's mean over all ranks, so that line searches decide alike."""
 
         def averaged() -> Any:
+            self._passes = 0
             with torch.enable_grad():
                 loss = closure()
+            if self._passes == 0:  # gradients that came by no backward pass
+                self._average(1)
             self._clip()
             return hvd.allreduce(torch.as_tensor(loss).detach(), name="closure.loss", op=hvd.Average)
 
@@ -203,7 +219,7 @@ class _Distributed(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; between accumulated passes, keep them."""
         if not 0 < self._passes < self._accumulation_steps:
-            self._passes = 0
+            self._passes = self._passes_at_step = 0
             super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -229,11 +245,7 @@ class _Distributed(torch.optim.Optimizer):
 def broadcast_state(model: Any, optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.broadcast_state`."""
     _shared.require_started(hvd)
-    hvd.broadcast_parameters({n: t for n, t in _model_tensors(model).items() if t.numel()}, root_rank=0)
-    if optimizer is not None:
-        state = hvd.broadcast_object(optimizer.state_dict(), root_rank=0, name="optimizer")
-        if hvd.rank() != 0:
-            optimizer.load_state_dict(state)
+    _torch_state.broadcast_state(model, optimizer)
 
 
 def average(values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:
@@ -254,102 +266,16 @@ def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     Of the optimizer: `optimizer/group<i>/<option>` for its numeric options, and
     `optimizer/state/<parameter>/<key>` for what it keeps per parameter; plain numbers end in `#`.
     """
-    state = {f"model/{name}": _to_numpy(tensor) for name, tensor in _model_tensors(model).items()}
-    if optimizer is not None:
-        names = {id(p): name for name, p in model.named_parameters()}
-        for i, group in enumerate(optimizer.param_groups):
-            options = {key: value for key, value in group.items() if key != "params"}
-            _flatten(f"optimizer/group{i}", options, state)
-            for p in group["params"]:
-                _flatten(f"optimizer/state/{names[id(p)]}", optimizer.state.get(p, {}), state)
-    return state
+    return _torch_state.export_state(model, optimizer)
 
 
 def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) -> None:
-    """See `toolkit.adapters.Adapter.import_state`."""
-    here = export_state(model, optimizer)
-    # An optimizer that has not stepped has no state yet that the saved one could be compared with.
-    comparable = {n: a for n, a in state.items() if n.startswith("model/") or (n in here and not n.endswith("#"))}
-    _shared.check_state_fits(comparable, {n: a for n, a in here.items() if n.startswith("model/") or n in comparable})
-    loaded = None if optimizer is None else _optimizer_state_dict(model, optimizer, state)
-    with torch.no_grad():
-        for name, tensor in _model_tensors(model).items():
-            tensor.copy_(torch.from_numpy(state[f"model/{name}"].copy()))
-    if loaded is not None:
-        optimizer.load_state_dict(loaded)
+    """See `toolkit.adapters.Adapter.import_state`; the saved options of the optimizer count, as in torch."""
+    _torch_state.import_state(model, optimizer, state)
 
 
 def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
     """See `toolkit.adapters.Adapter.digest`; BatchNorm's running statistics are left out."""
-    own = {
-        f"model/{name}.{buffer}".replace("/.", "/")
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.modules.batchnorm._NormBase)
-        for buffer in ("running_mean", "running_var", "num_batches_tracked")
-    }
+    own = _torch_state.rank_local_names(model)
     state = export_state(model, optimizer)
     return _shared.digest_arrays({name: array for name, array in state.items() if name not in own})
-
-
-def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return tensor.numpy().copy()
-
-
-def _flatten(prefix: str, value: Any, into: dict[str, np.ndarray]) -> None:
-    """Write nested dicts, lists, tensors and numbers as named arrays; drop None, texts and functions."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _flatten(f"{prefix}/{key}", item, into)
-    elif isinstance(value, list | tuple):
-        into[f"{prefix}[]#"] = np.asarray(len(value))  # items that are None leave no array of their own
-        for i, item in enumerate(value):
-            _flatten(f"{prefix}[{i}]", item, into)
-    elif isinstance(value, torch.Tensor):
-        into[prefix] = _to_numpy(value)
-    elif isinstance(value, bool | int | float):
-        into[f"{prefix}#"] = np.asarray(value)
-
-
-def _optimizer_state_dict(model: torch.nn.Module, optimizer: Any, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The inverse of `_flatten`: what `optimizer.load_state_dict` takes."""
-    loaded = optimizer.state_dict()
-    loaded["state"] = {}
-    names = {id(p): name for name, p in model.named_parameters()}
-    indices = {names[id(p)]: i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-    for name, array in state.items():
-        if not name.startswith("optimizer/"):
-            continue
-        value: Any = array.item() if name.endswith("#") else torch.from_numpy(array.copy())
-        _, owner, *path = name.rstrip("#").split("/")
-        try:
-            if owner == "state":
-                target = loaded["state"].setdefault(indices[path.pop(0)], {})
-            else:
-                target = loaded["param_groups"][int(owner.removeprefix("group"))]
-        except (KeyError, IndexError, ValueError):
-            raise UsageError(
-                f"the saved state does not fit this optimizer: it has no place for {name}. "
-                "Build the optimizer with the options that it was saved with."
-            ) from None
-        _put(target, path[0], value)
-    return loaded
-
-
-def _put(target: dict[str, Any], key: str, value: Any) -> None:
-    """Set `key`; or the length of a list with `key[]`, its third item with `key[2]`; tuples stay tuples."""
-    if not key.endswith("]"):
-        target[key] = value
-        return
-    key, index = key[:-1].split("[")
-    old = target.get(key)
-    items = [None] * value if index == "" else list(old or [])
-    if index:
-        items[int(index)] = value
-    target[key] = tuple(items) if isinstance(old, tuple) else items

@@ -570,6 +570,7 @@ def mistakes_get_one_clear_line():
             pass
 
     raises(lambda: dp.distribute(Own(), model), "Own", "apply_gradients")
+    globals()["inner_optimizer"] = adam  # only a name
     dp.distribute(adam, model)
     raises(lambda: dp.distribute(adam, model), "distributed already")
     raises(lambda: keras.optimizers.LossScaleOptimizer(adam), "can't be wrapped")

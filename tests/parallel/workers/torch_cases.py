@@ -330,6 +330,116 @@ def gradients_set_by_hand_are_averaged_in_step():
 
 
 @case
+def a_closure_that_sets_gradients_by_hand_is_averaged():
+    model, optimizer = new(torch.optim.SGD, lr=1.0)
+    optimizer = dp.distribute(optimizer, model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float(WORLD.rank))
+        return torch.tensor(float(WORLD.rank))
+
+    loss = optimizer.step(closure)
+    mean = (WORLD.size - 1) / 2
+    assert all(torch.allclose(p, q - mean) for p, q in zip(model.parameters(), before, strict=True))
+    assert loss == mean
+
+
+@case
+def a_backward_pass_that_fails_does_not_end_the_averaging():
+    model, optimizer = new(torch.optim.SGD)
+    optimizer = dp.distribute(optimizer, model)
+    x, y = batch(0)
+    hidden = torch.tanh(model.first(x))
+
+    def fail(_):
+        raise MemoryError
+
+    hidden.register_hook(fail)
+    try:
+        model.second(hidden).sum().backward()
+        raise AssertionError("the hook must fail")
+    except MemoryError:
+        pass
+    optimizer.zero_grad()
+    (loss_of(model, x, y) * (1.0 + WORLD.rank)).backward()
+    gradients = dp.gather([p.grad.numpy() for p in model.parameters()])
+    assert all(np.array_equal(a, b) for other in gradients for a, b in zip(other, gradients[0], strict=True))
+
+
+@case
+def a_rank_whose_last_pass_reaches_nothing_counts_as_zero():
+    for k in (1, 2):
+        model, optimizer = new(torch.optim.SGD, lr=1.0)
+        optimizer = dp.distribute(optimizer, model, accumulation_steps=k)
+        before = model.second.bias.detach().clone()
+        for number in range(k):
+            optimizer.zero_grad()
+            if WORLD.rank == 0 or number < k - 1:
+                model.second.bias.sum().backward()
+            optimizer.step()
+        expected = (k * WORLD.size - (WORLD.size - 1)) / (k * WORLD.size)
+        assert torch.allclose(model.second.bias, before - expected)
+        assert equal_on_all_ranks(model)
+
+
+@case
+def a_new_optimizer_takes_over_the_old_ones_parameters():
+    model, optimizer = new(torch.optim.SGD)
+    dp.distribute(optimizer, model, accumulation_steps=2)
+    reference, plain = new(torch.optim.SGD)
+    train(reference, plain, whole)
+    optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=0.05), model)
+    train(model, optimizer, mine)
+    assert_close(model, reference)
+
+
+@case
+def channels_last_and_bfloat16_models_work():
+    torch.manual_seed(WORLD.rank)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 1))
+    model = model.to(memory_format=torch.channels_last).to(torch.bfloat16)
+    optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=0.5), model)
+    dp.broadcast_state(model, optimizer)
+    assert equal_on_all_ranks(model) and model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    before = model[2].bias.item()
+    optimizer.zero_grad()
+    (model[2].bias.sum() * (1 + WORLD.rank)).backward()
+    optimizer.step()
+    assert abs(model[2].bias.item() - (before - 0.5 * (1 + WORLD.size) / 2)) < 0.02
+    assert equal_on_all_ranks(model) and model[2].bias.dtype == torch.bfloat16
+
+
+@case
+def nested_state_and_slashes_in_names_round_trip():
+    class Nested(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                if p.grad is not None:
+                    self.state[p]["pre"] = {"L": p.grad.clone(), "R": [p.grad.clone() * 2, None]}
+            return super().step(closure)
+
+    model = torch.nn.ModuleDict({"a/b": torch.nn.Linear(4, 1), "a": torch.nn.Linear(4, 1)})
+    optimizer = dp.distribute(Nested(model.parameters(), lr=0.1), model)
+    (model["a/b"](batch(0)[0]).sum() + model["a"](batch(0)[0]).sum()).backward()
+    optimizer.step()
+    saved = dp.export_state(model, optimizer)
+    optimizer.state.clear()
+    dp.import_state(model, optimizer, saved)
+    again = dp.export_state(model, optimizer)
+    assert again.keys() == saved.keys() and any("a/b.weight/pre/L" in name for name in saved)
+    assert all(np.array_equal(again[name], array) for name, array in saved.items())
+
+
+@case
+def nothing_to_train_is_no_error():
+    model, _ = new(torch.optim.SGD)
+    model.requires_grad_(False)
+    dp.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model).step()
+
+
+@case
 def compression_is_close_and_alike():
     reference, plain = new(torch.optim.SGD)
     train(reference, plain, whole)
@@ -383,6 +493,8 @@ def mistakes_get_one_clear_line():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch only warns of it
         twice = torch.optim.SGD([model.first.bias, model.first.bias], lr=0.1)
+    sparse, plain = new(torch.optim.SparseAdam)
+    raises(lambda: dp.distribute(plain, sparse, clip_norm=1.0), "sparse")
     raises(lambda: dp.distribute(twice, model), "first.bias", "twice")
     raises(lambda: dp.distribute(optimizer, model, accumulation_steps=0), "accumulation_steps is 0")
     raises(lambda: dp.distribute(optimizer, model, clip_norm=-1.0), "clip_norm is -1.0")

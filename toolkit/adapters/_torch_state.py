@@ -1,0 +1,134 @@
+"""Names, export, import and broadcast of torch models and optimizers, for the torch adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+
+from toolkit.adapters import _shared
+from toolkit.errors import UsageError
+
+
+def broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
+    """Give every rank rank 0's parameters, buffers and optimizer state."""
+    for name, tensor in _model_tensors(model).items():
+        wire = tensor.detach().contiguous()
+        if wire.dtype == torch.bfloat16:  # which Horovod does not know; its bits travel
+            wire = wire.view(torch.int16)
+        if wire.numel():
+            received = hvd.broadcast(wire, root_rank=0, name=f"state.{name}").view(tensor.dtype)
+            if hvd.rank() != 0:
+                tensor.detach().copy_(received)
+    if optimizer is not None:
+        state = hvd.broadcast_object(optimizer.state_dict(), root_rank=0, name="optimizer")
+        if hvd.rank() != 0:
+            optimizer.load_state_dict(state)
+
+
+def export_state(model: torch.nn.Module, optimizer: Any) -> dict[str, np.ndarray]:
+    """Copies of all tensors and numbers, by name."""
+    state = {f"model/{name}": _to_numpy(tensor) for name, tensor in _model_tensors(model).items()}
+    if optimizer is not None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        for i, group in enumerate(optimizer.param_groups):
+            options = {key: value for key, value in group.items() if key != "params"}
+            _flatten(f"optimizer/group{i}", options, state)
+            for p in group["params"]:
+                _flatten(f"optimizer/state/{names[id(p)]}", optimizer.state.get(p, {}), state)
+    return state
+
+
+def import_state(model: torch.nn.Module, optimizer: Any, state: Mapping[str, np.ndarray]) -> None:
+    """Put back what `export_state` gave, or raise `UsageError` and change nothing."""
+    here = export_state(model, optimizer)
+    # An optimizer that has not stepped has no state yet that the saved one could be compared with.
+    comparable = {n: a for n, a in state.items() if n.startswith("model/") or (n in here and not n.endswith("#"))}
+    _shared.check_state_fits(comparable, {n: a for n, a in here.items() if n.startswith("model/") or n in comparable})
+    loaded = None if optimizer is None else _optimizer_state_dict(model, optimizer, state)
+    with torch.no_grad():
+        for name, tensor in _model_tensors(model).items():
+            tensor.copy_(torch.from_numpy(state[f"model/{name}"].copy()))
+    if loaded is not None:
+        optimizer.load_state_dict(loaded)
+
+
+def rank_local_names(model: torch.nn.Module) -> set[str]:
+    """The names of BatchNorm's running statistics, which each rank keeps of its own samples."""
+    return {
+        "/".join(["model", f"{name}.{buffer}" if name else buffer])
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase)
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return tensor.numpy().copy()
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, np.ndarray]) -> None:
+    """Write nested dicts, lists, tensors and numbers as named arrays; drop None, texts and functions."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(f"{prefix}/{key}", item, into)
+    elif isinstance(value, list | tuple):
+        into[f"{prefix}[]#"] = np.asarray(len(value))  # items that are None leave no array of their own
+        for i, item in enumerate(value):
+            _flatten(f"{prefix}[{i}]", item, into)
+    elif isinstance(value, torch.Tensor):
+        into[prefix] = _to_numpy(value)
+    elif isinstance(value, bool | int | float):
+        into[f"{prefix}#"] = np.asarray(value)
+
+
+def _optimizer_state_dict(model: torch.nn.Module, optimizer: Any, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The inverse of `_flatten`: what `optimizer.load_state_dict` takes."""
+    loaded = optimizer.state_dict()
+    loaded["state"] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    places = {f"group{i}": group for i, group in enumerate(loaded["param_groups"])}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        prefix = f"optimizer/state/{names[id(p)]}/"
+        if any(name.startswith(prefix) for name in state):
+            places[f"state/{names[id(p)]}"] = loaded["state"].setdefault(i, {})
+    for name, array in state.items():
+        if not name.startswith("optimizer/"):
+            continue
+        value: Any = array.item() if name.endswith("#") else torch.from_numpy(array.copy())
+        rest = name.removeprefix("optimizer/").rstrip("#")
+        place = max((place for place in places if rest.startswith(f"{place}/")), key=len, default=None)
+        if place is None:
+            raise UsageError(
+                f"the saved state does not fit this optimizer: it has no place for {name}. "
+                "Build the optimizer with the options that it was saved with."
+            )
+        target = places[place]
+        *path, key = rest.removeprefix(f"{place}/").split("/")
+        for part in path:
+            target = target.setdefault(part, {})
+        _put(target, key, value)
+    return loaded
+
+
+def _put(target: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key`; or the length of a list with `key[]`, its third item with `key[2]`; tuples stay tuples."""
+    if not key.endswith("]"):
+        target[key] = value
+        return
+    key, index = key[:-1].split("[")
+    old = target.get(key)
+    items = [None] * value if index == "" else list(old or [])
+    if index:
+        items[int(index)] = value
+    target[key] = tuple(items) if isinstance(old, tuple) else items
