@@ -64,14 +64,17 @@ def test_linear_regression_reaches_numpys_least_squares(train, flavour, size):
 
 
 # 50 samples a step over 4 workers, and an epoch that ends with a batch of 37: parts are unequal.
-CNN = ("--max-steps", "50", "--global-batch-size", "50")
+# At this rate training does not amplify rounding; at 0.02 a max-pool that rounding decides the other way can grow to
+# 3 % of the loss by step 50, between any two runs that do not add in the same order.
+SMALL = ("--global-batch-size", "50", "--learning-rate", "0.01")
+CNN = ("--max-steps", "50", *SMALL)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_cnn_losses_do_not_depend_on_the_number_of_workers(train, flavour, size):
     one, many = losses(train("cnn", flavour, 1, *CNN)), losses(train("cnn", flavour, size, *CNN))
-    assert len(one) == 50 and one[-1] < one[0] / 2
+    assert len(one) == 50 and one[-1] < one[0] * 0.9
     np.testing.assert_allclose(many, one, rtol=1e-4)
 
 
@@ -84,7 +87,7 @@ def test_cnn_losses_do_not_depend_on_the_framework(train, flavour):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_accumulated_passes_make_the_same_steps(train, flavour):
-    short = ("--max-steps", "30", "--global-batch-size", "50")
+    short = ("--max-steps", "30", *SMALL)
     passes = losses(train("cnn", flavour, 2, *short, "--accumulation-steps", "3"))
     np.testing.assert_allclose(passes, losses(train("cnn", flavour, 1, *CNN))[:30], rtol=1e-4)
 
