@@ -366,6 +366,8 @@ def callback_broadcasts_before_the_first_batch():
         fit(reference, plain, lambda step: whole(step + WORLD.rank))  # another checkpoint on each rank
         reference.save(Path(folder) / "model.keras")
         model = keras.models.load_model(Path(folder) / "model.keras")
+    for callback in (dp.BroadcastState(), dp.MetricAverage()):
+        raises(lambda callback=callback: refit(model, callbacks=[callback]), "plain Adam", "after load_model()")
     dp.distribute(model.optimizer, model)
     refit(model, callbacks=[dp.BroadcastState()])
     assert equal_on_all_ranks(dp, model, model.optimizer)
@@ -404,7 +406,7 @@ def metrics_are_those_over_all_samples():
     frozen = new_model(WORLD.rank * 0)
     frozen.trainable = False
     options = {"validation_data": Steps(lambda step: part(step + 1), 2), "validation_freq": 2, "epochs": 6}
-    optimizer = new_optimizer("SGD")
+    optimizer = dp.distribute(new_optimizer("SGD"), frozen)
     fit(
         frozen,
         optimizer,
