@@ -136,6 +136,8 @@ class Run:
                 f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
                 f"{self.sharding.global_batch_size} samples a step"
             )
+        if found is not None and self.finished:
+            self.progress.line(f"this run is complete already: give more than --epochs {self.options.epochs} to go on")
         if self.options.check_sync:
             self.check_sync()
         if self.options.max_steps == 0:
