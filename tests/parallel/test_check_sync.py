@@ -20,3 +20,10 @@ def test_a_changed_tensor_is_named(every, step, tmp_path):
 def test_none_is_looked_for_without_it(tmp_path):
     command = [WORKERS / "sync_cases.py", "--output", tmp_path / "run", "--check-sync", "0", "--epochs", "2"]
     assert launch(3, command).returncode == 0
+
+
+def test_a_model_that_ranks_do_not_share_is_never_saved(tmp_path):
+    command = [WORKERS / "planted.py", "--output", tmp_path / "run", "--max-steps", "10"]
+    result = launch(2, command, environment={"PLANTED": "no distribute"})
+    assert result.returncode == 1 and "after step 10, ranks 1 differ" in result.stderr, result.stderr
+    assert not list((tmp_path / "run").glob("step-*"))
