@@ -24,7 +24,7 @@ def launch(
     launcher: str = "mpirun",
     options: Sequence[str] = ("--oversubscribe", "--bind-to", "none"),
     environment: Mapping[str, str] | None = None,
-    timeout: float = 150,
+    timeout: float = 300,
     cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python <command>` on `size` ranks and return its exit code and what it printed.

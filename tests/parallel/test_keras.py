@@ -16,7 +16,7 @@ def run(backend):
     """What the worker printed on two ranks; each backend is launched once."""
     if backend not in RUNS:
         environment = {"KERAS_BACKEND": backend, **STALLED}
-        result = launch(2, [WORKERS / "keras_cases.py"], environment=environment, timeout=280)
+        result = launch(2, [WORKERS / "keras_cases.py"], environment=environment, timeout=560)
         RUNS[backend] = (
             result.stdout,
             f"exit code {result.returncode}\n{result.stdout}\n{result.stderr[-3000:]}",
