@@ -74,7 +74,7 @@ CNN = ("--max-steps", "50", *SMALL)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_cnn_losses_do_not_depend_on_the_number_of_workers(train, flavour, size):
     one, many = losses(train("cnn", flavour, 1, *CNN)), losses(train("cnn", flavour, size, *CNN))
-    assert len(one) == 50 and one[-1] < one[0] * 0.9
+    assert len(one) == 50 and one[-1] < one[0] - 0.1  # it has learnt something
     np.testing.assert_allclose(many, one, rtol=1e-4)
 
 
