@@ -26,7 +26,7 @@ FRAMEWORK ?= $(firstword $(buildable))
 
 refuse_unless = $(if $(filter $(2),$($(1))),,$(error $(1)=$($(1)): choose $(3)))
 
-ifneq ($(filter setup train test lint,$(MAKECMDGOALS)),)
+ifneq ($(filter setup train test test-all lint proof bench,$(MAKECMDGOALS)),)
   $(foreach name,$(filter-out torch tensorflow keras,$(wanted)),\
     $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
   $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
@@ -53,14 +53,17 @@ endif
 
 # --- targets
 
-.PHONY: help setup train test lint
+.PHONY: help setup train test test-all lint proof bench
 
 help:
 	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
 	@echo '             LAUNCHER=horovodrun|mpirun|none  HOSTFILE=hostfiles/localhost  ARGS="--epochs 3"'
-	@echo 'make test    set up, then lint and every test'
+	@echo 'make test    set up, then lint and tests'
+	@echo 'make test-all  the same with the tests marked long'
 	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
 	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
+	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
+	@echo 'make bench   what checkpoints, checks and --deterministic cost: some minutes'
 	@echo 'make lint    ruff and mypy'
 
 extras := $(subst $(space),$(comma),$(strip $(wanted) recipes test horovod-build $(if $(filter pypi,$(MPI)),mpi)))
@@ -101,4 +104,13 @@ lint: setup
 	@$(VENV)/bin/mypy
 
 test: lint
+	@source $(VENV)/bin/activate && python -m pytest -m 'not long' $(ARGS)
+
+test-all: lint
 	@source $(VENV)/bin/activate && python -m pytest $(ARGS)
+
+proof: setup
+	@source $(VENV)/bin/activate && python tests/proof.py $(ARGS)
+
+bench: setup
+	@source $(VENV)/bin/activate && python tests/benchmarks/exactness.py $(ARGS)

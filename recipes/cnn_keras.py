@@ -16,6 +16,7 @@ import numpy as np
 
 import toolkit.adapters.keras as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
 from toolkit.sharding import block
@@ -24,12 +25,14 @@ from toolkit.sharding import block
 @dataclass(frozen=True)
 class Options(RunOptions):
     momentum: float = option(0.9, "of SGD", minimum=0)
+    dropout: float = option(0.0, "share of the hidden units left out", minimum=0, below=1)
+    shift: int = option(0, "augmentation: pixels that a training image is moved by at most", minimum=0, maximum=8)
     data_dir: Path | None = option(
         None, "directory of MNIST's IDX files, plain or .gz (default: digits of scikit-learn)"
     )
 
 
-def build_model():
+def build_model(dropout):
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -39,32 +42,33 @@ def build_model():
             keras.layers.MaxPooling2D(2),
             keras.layers.Flatten(),
             keras.layers.Dense(50, activation="relu"),
+            keras.layers.Dropout(dropout),
             keras.layers.Dense(10),
         ]
     )
 
 
-def inputs(x):
-    return x[..., np.newaxis]
+def inputs(images):
+    return images[..., np.newaxis]
 
 
-def main():
-    options = parse(Options, __doc__)
-    world = dp.start(seed=options.seed, tune=not options.no_tuning, verbose=options.verbose)  # distributed
-    train, test = datasets.digits(options.data_dir)
-
-    model = build_model()
+def fit(world, options, train, test):
+    model = build_model(options.dropout)
     model.set_weights(initial_weights.for_keras(initial_weights.cnn(options.seed)))
     optimizer = keras.optimizers.SGD(options.learning_rate, momentum=options.momentum)
     optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
+
+    def augmented(batch):
+        return inputs(datasets.shifted(batch.x, batch.generators(), options.shift))
+
     mine = block(len(test), world.rank, world.size)  # distributed: this rank's part of the test data
 
     with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
         while not run.finished:  # distributed: once; twice where it resumes within an epoch
             model.fit(
-                dp.Batches(run, train, inputs),  # distributed: this rank's part of each global batch
+                dp.Batches(run, train, augmented),  # distributed: this rank's part of each global batch
                 validation_data=(inputs(test.x[mine]), test.y[mine]),
                 initial_epoch=run.epoch,
                 epochs=run.whole_epochs_until,
@@ -75,6 +79,14 @@ def main():
                     dp.RunCallback(run, {"test_accuracy": "val_accuracy"}),  # distributed: rate, log
                 ],
             )
+
+
+def main():
+    options = parse(Options, __doc__)
+    world = dp.start(**options.start)  # distributed
+    train, test = datasets.digits(options.data_dir)
+    for fold in each_fold(options, world, dp, train, test):  # once, without --folds
+        fit(world, *fold)
     dp.stop()  # distributed
 
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import toolkit.adapters.tensorflow as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
 from toolkit.sharding import block
@@ -23,12 +24,14 @@ from toolkit.sharding import block
 @dataclass(frozen=True)
 class Options(RunOptions):
     momentum: float = option(0.9, "of SGD", minimum=0)
+    dropout: float = option(0.0, "share of the hidden units left out", minimum=0, below=1)
+    shift: int = option(0, "augmentation: pixels that a training image is moved by at most", minimum=0, maximum=8)
     data_dir: Path | None = option(
         None, "directory of MNIST's IDX files, plain or .gz (default: digits of scikit-learn)"
     )
 
 
-def build_model():
+def build_model(dropout):
     return tf.keras.Sequential(
         [
             tf.keras.Input((28, 28, 1)),
@@ -38,6 +41,7 @@ def build_model():
             tf.keras.layers.MaxPooling2D(2),
             tf.keras.layers.Flatten(),
             tf.keras.layers.Dense(50, activation="relu"),
+            tf.keras.layers.Dropout(dropout),
             tf.keras.layers.Dense(10),
         ]
     )
@@ -57,12 +61,8 @@ def evaluate(model, data, world):
     return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
 
 
-def main():
-    options = parse(Options, __doc__)
-    world = dp.start(seed=options.seed, tune=not options.no_tuning, verbose=options.verbose)  # distributed
-    train, test = datasets.digits(options.data_dir)
-
-    model = build_model()
+def fit(world, options, train, test):
+    model = build_model(options.dropout)
     model.set_weights(initial_weights.for_keras(initial_weights.cnn(options.seed)))
     optimizer = tf.keras.optimizers.SGD(options.learning_rate, momentum=options.momentum)
     optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
@@ -79,9 +79,18 @@ def main():
         for _ in run.epochs():
             for batch in run.batches(train):  # distributed: this rank's part of each global batch
                 optimizer.learning_rate = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                x, y = tensors(batch.x, batch.y)
+                images = datasets.shifted(batch.x, batch.generators(), options.shift)
+                x, y = tensors(images, batch.y)
                 run.log(loss=train_step(x, y, tf.constant(batch.weight, tf.float32)))
             run.end_epoch(**evaluate(model, test, world))
+
+
+def main():
+    options = parse(Options, __doc__)
+    world = dp.start(**options.start)  # distributed
+    train, test = datasets.digits(options.data_dir)
+    for fold in each_fold(options, world, dp, train, test):  # once, without --folds
+        fit(world, *fold)
     dp.stop()  # distributed
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, max_pool2d, relu
 
 import toolkit.adapters.torch as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
 from toolkit.sharding import block
@@ -23,23 +24,26 @@ from toolkit.sharding import block
 @dataclass(frozen=True)
 class Options(RunOptions):
     momentum: float = option(0.9, "of SGD", minimum=0)
+    dropout: float = option(0.0, "share of the hidden units left out", minimum=0, below=1)
+    shift: int = option(0, "augmentation: pixels that a training image is moved by at most", minimum=0, maximum=8)
     data_dir: Path | None = option(
         None, "directory of MNIST's IDX files, plain or .gz (default: digits of scikit-learn)"
     )
 
 
 class CNN(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, dropout):
         super().__init__()
         self.conv1 = torch.nn.Conv2d(1, 10, 5)
         self.conv2 = torch.nn.Conv2d(10, 20, 5)
         self.fc1 = torch.nn.Linear(320, 50)
+        self.dropout = torch.nn.Dropout(dropout)
         self.fc2 = torch.nn.Linear(50, 10)
 
     def forward(self, x):
         x = max_pool2d(relu(self.conv1(x)), 2)
         x = max_pool2d(relu(self.conv2(x)), 2)
-        return self.fc2(relu(self.fc1(x.flatten(1))))
+        return self.fc2(self.dropout(relu(self.fc1(x.flatten(1)))))
 
 
 def tensors(x, y):
@@ -54,12 +58,8 @@ def evaluate(model, data, world):
     return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
 
 
-def main():
-    options = parse(Options, __doc__)
-    world = dp.start(seed=options.seed, tune=not options.no_tuning, verbose=options.verbose)  # distributed
-    train, test = datasets.digits(options.data_dir)
-
-    model = CNN()
+def fit(world, options, train, test):
+    model = CNN(options.dropout)
     weights = initial_weights.cnn(options.seed)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
@@ -71,7 +71,8 @@ def main():
             for batch in run.batches(train):  # distributed: this rank's part of each global batch
                 for group in optimizer.param_groups:
                     group["lr"] = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                x, y = tensors(batch.x, batch.y)
+                images = datasets.shifted(batch.x, batch.generators(), options.shift)
+                x, y = tensors(images, batch.y)
                 optimizer.zero_grad()
                 loss = cross_entropy(model(x), y) * batch.weight  # distributed: exact for unequal parts
                 loss.backward()
@@ -79,6 +80,14 @@ def main():
                 run.log(loss=loss)
             model.eval()
             run.end_epoch(**evaluate(model, test, world))
+
+
+def main():
+    options = parse(Options, __doc__)
+    world = dp.start(**options.start)  # distributed
+    train, test = datasets.digits(options.data_dir)
+    for fold in each_fold(options, world, dp, train, test):  # once, without --folds
+        fit(world, *fold)
     dp.stop()  # distributed
 
 

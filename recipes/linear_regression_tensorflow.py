@@ -14,6 +14,7 @@ import tensorflow as tf
 
 import toolkit.adapters.tensorflow as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
 
@@ -26,24 +27,27 @@ class Options(RunOptions):
     checkpoint_every: int = option(50, "epochs between checkpoints; the last epoch has one always", minimum=1)
     print_every: int = option(50, "epochs between printed lines", minimum=1)
     momentum: float = option(0.9, "of SGD", minimum=0)
+    dropout: float = option(0.0, "share of the features left out", minimum=0, below=1)
+    noise: float = option(0.0, "augmentation: standard deviation of noise added to the features", minimum=0)
 
 
 def half_squared_error(predicted, y):
     return 0.5 * tf.reduce_mean(tf.square(predicted - y))
 
 
-def distance(weight, bias, data):
-    """Largest difference to numpy's least-squares weights, relative to the largest of them."""
-    exact = np.append(*datasets.least_squares(data.x, data.y))
-    return float(np.abs(np.append(weight, bias) - exact).max() / np.abs(exact).max())
+def metrics(weight, bias, train, test):
+    """Distance to numpy's least-squares weights, relative to the largest; with --folds, the held-out error."""
+    exact = np.append(*datasets.least_squares(train.x, train.y))
+    distance = np.abs(np.append(weight, bias) - exact).max() / np.abs(exact).max()
+    errors = test.x @ weight.reshape(-1, 1) + bias - test.y
+    held_out = {"held_out_squared_error": float(np.mean(errors**2))} if len(test) else {}
+    return {"distance_to_least_squares": float(distance), **held_out}
 
 
-def main():
-    options = parse(Options, __doc__)
-    world = dp.start(seed=options.seed, tune=not options.no_tuning, verbose=options.verbose)  # distributed
-    train = datasets.diabetes()
-
-    model = tf.keras.Sequential([tf.keras.Input((train.x.shape[1],)), tf.keras.layers.Dense(1)])
+def fit(world, options, train, test):
+    model = tf.keras.Sequential(
+        [tf.keras.Input((train.x.shape[1],)), tf.keras.layers.Dropout(options.dropout), tf.keras.layers.Dense(1)]
+    )
     model.set_weights(initial_weights.for_keras(initial_weights.linear(train.x.shape[1], options.seed)))
     optimizer = tf.keras.optimizers.SGD(options.learning_rate, momentum=options.momentum)
     optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
@@ -60,10 +64,19 @@ def main():
         for _ in run.epochs():
             for batch in run.batches(train):  # distributed: this rank's part of each global batch
                 optimizer.learning_rate = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                x, y = tf.constant(batch.x), tf.constant(batch.y)
+                features = datasets.with_noise(batch.x, batch.generators(), options.noise)
+                x, y = tf.constant(features), tf.constant(batch.y)
                 run.log(loss=train_step(x, y, tf.constant(batch.weight, tf.float32)))
             weight, bias = model.get_weights()
-            run.end_epoch(distance_to_least_squares=distance(weight, bias, train))
+            run.end_epoch(**metrics(weight, bias, train, test))
+
+
+def main():
+    options = parse(Options, __doc__)
+    world = dp.start(**options.start)  # distributed
+    train = datasets.diabetes()
+    for fold in each_fold(options, world, dp, train, train.take([])):  # once, without --folds
+        fit(world, *fold)
     dp.stop()  # distributed
 
 

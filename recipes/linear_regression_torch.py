@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import dropout
 
 import toolkit.adapters.torch as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
 
@@ -26,23 +28,24 @@ class Options(RunOptions):
     checkpoint_every: int = option(50, "epochs between checkpoints; the last epoch has one always", minimum=1)
     print_every: int = option(50, "epochs between printed lines", minimum=1)
     momentum: float = option(0.9, "of SGD", minimum=0)
+    dropout: float = option(0.0, "share of the features left out", minimum=0, below=1)
+    noise: float = option(0.0, "augmentation: standard deviation of noise added to the features", minimum=0)
 
 
 def half_squared_error(predicted, y):
     return 0.5 * (predicted - y).square().mean()
 
 
-def distance(weight, bias, data):
-    """Largest difference to numpy's least-squares weights, relative to the largest of them."""
-    exact = np.append(*datasets.least_squares(data.x, data.y))
-    return float(np.abs(np.append(weight, bias) - exact).max() / np.abs(exact).max())
+def metrics(weight, bias, train, test):
+    """Distance to numpy's least-squares weights, relative to the largest; with --folds, the held-out error."""
+    exact = np.append(*datasets.least_squares(train.x, train.y))
+    distance = np.abs(np.append(weight, bias) - exact).max() / np.abs(exact).max()
+    errors = test.x @ weight.reshape(-1, 1) + bias - test.y
+    held_out = {"held_out_squared_error": float(np.mean(errors**2))} if len(test) else {}
+    return {"distance_to_least_squares": float(distance), **held_out}
 
 
-def main():
-    options = parse(Options, __doc__)
-    world = dp.start(seed=options.seed, tune=not options.no_tuning, verbose=options.verbose)  # distributed
-    train = datasets.diabetes()
-
+def fit(world, options, train, test):
     model = torch.nn.Linear(train.x.shape[1], 1)
     weights = initial_weights.linear(train.x.shape[1], options.seed)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
@@ -54,14 +57,23 @@ def main():
             for batch in run.batches(train):  # distributed: this rank's part of each global batch
                 for group in optimizer.param_groups:
                     group["lr"] = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                x, y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
+                features = datasets.with_noise(batch.x, batch.generators(), options.noise)
+                x, y = dropout(torch.from_numpy(features), options.dropout), torch.from_numpy(batch.y)
                 optimizer.zero_grad()
                 loss = half_squared_error(model(x), y) * batch.weight  # distributed: exact for unequal parts
                 loss.backward()
                 optimizer.step()
                 run.log(loss=loss)
             weight, bias = model.weight.detach().numpy(), model.bias.detach().numpy()
-            run.end_epoch(distance_to_least_squares=distance(weight, bias, train))
+            run.end_epoch(**metrics(weight, bias, train, test))
+
+
+def main():
+    options = parse(Options, __doc__)
+    world = dp.start(**options.start)  # distributed
+    train = datasets.diabetes()
+    for fold in each_fold(options, world, dp, train, train.take([])):  # once, without --folds
+        fit(world, *fold)
     dp.stop()  # distributed
 
 

@@ -14,7 +14,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,23 +73,65 @@ def write(directory: Path, step: int, state: Mapping[str, np.ndarray], manifest:
             final.rename(directory / f"{final.name}.damaged-{time.time_ns()}")
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".step-{step:08d}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed run's, of the same process id
     try:
         temporary.mkdir()
         arrays = {name: np.asarray(array, order="C") for name, array in state.items()}
-        _write_flushed(temporary / _STATE, safetensors.numpy.save(arrays))
+        safetensors.numpy.save_file(arrays, temporary / _STATE)  # from the arrays' own memory
+        flush(temporary / _STATE)
         content = {"format_version": FORMAT_VERSION, **manifest, "step": step}
         content["sha256"] = {_STATE: _sha256(temporary / _STATE)}
         content["sha256"][_MANIFEST] = _manifest_sha256(content)
-        _write_flushed(temporary / _MANIFEST, json.dumps(content, indent=1).encode())
-        _flush_directory(temporary)
+        (temporary / _MANIFEST).write_text(json.dumps(content, indent=1))
+        flush(temporary / _MANIFEST)
+        flush(temporary)
         temporary.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, safetensors.SafetensorError):  # what the system said is in its text
+            raise OSError(str(error)) from None
         raise
-    _flush_directory(directory)
-    for old in steps(directory)[:-keep]:
+    flush(directory)
+    # Of later steps there are damaged ones at most, or a run resumed before them would not write this one.
+    for old in [path for path in steps(directory) if _step(path) <= step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own while training goes on; one at a time.
+
+    The state handed over must not change any more, so it takes the memory of one extra copy.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[Path] | None = None
+
+    def write(
+        self, directory: Path, step: int, state: Mapping[str, np.ndarray], manifest: Mapping[str, Any], keep: int
+    ) -> None:
+        """Begin to `write`, when the one before is done.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(write, directory, step, state, manifest, keep)
+
+    def wait(self) -> None:
+        """Return when nothing is left to write.
+
+        Raises:
+            OSError: the last one could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Return when nothing is left to write, whether or not it could be."""
+        self._thread.shutdown()
 
 
 def steps(directory: Path) -> list[Path]:
@@ -96,7 +139,11 @@ def steps(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read(path: Path) -> Checkpoint:
@@ -119,25 +166,33 @@ def read(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{path} can't be read: {error}") from None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint, whole or not, rather than one that holds checkpoints."""
+    return bool(_NAME.fullmatch(path.name)) or (path / _MANIFEST).exists() or (path / _STATE).exists()
+
+
 def newest(directory: Path) -> Checkpoint | None:
     """The newest whole checkpoint; warns of each damaged one that it passes over."""
-    for path in reversed(steps(directory)):
+    found, damages = newest_whole(steps(directory))
+    for damage in damages:
+        warnings.warn(f"damaged checkpoint passed over: {damage}", stacklevel=2)
+    return found
+
+
+def newest_whole(paths: Sequence[Path]) -> tuple[Checkpoint | None, list[DamagedCheckpoint]]:
+    """The last of these checkpoints, oldest first, that is whole, and what is wrong with those after it."""
+    damages: list[DamagedCheckpoint] = []
+    for path in reversed(paths):
         try:
-            return read(path)
+            return read(path), damages
         except DamagedCheckpoint as damage:
-            warnings.warn(f"damaged checkpoint passed over: {damage}", stacklevel=2)
-    return None
+            damages.append(damage)
+    return None, damages
 
 
-def _write_flushed(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def flush(path: Path) -> None:
+    """Have a file's content, or a directory's names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
 import sys
-from pathlib import Path
 
-from toolkit import checkpoint, verify
+from toolkit import checkpoint_cli, verify
 from toolkit.errors import UsageError
 
 
@@ -15,15 +16,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand and return the exit code: 0, 1 where a check failed, 2 for a user's mistake."""
     options = _parser().parse_args(arguments)
     try:
-        return options.function(options)
+        code = options.function(options)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `hvdkit … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends
+        return 128 + signal.SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint")
 
     command = commands.add_parser(
         "verify",
@@ -51,16 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(function=_verify)
 
-    command = commands.add_parser("checkpoint", help="look into checkpoints")
-    actions = command.add_subparsers(required=True, metavar="action")
-    for name, function, text in (
-        ("list", _list, "the checkpoints of a run directory, each checked"),
-        ("verify", _check, "check one checkpoint's files against their hashes"),
-        ("show", _show, "a checkpoint's manifest and tensors"),
-    ):
-        action = actions.add_parser(name, help=text)
-        action.add_argument("path", type=Path, help="run directory" if name == "list" else "checkpoint directory")
-        action.set_defaults(function=function)
+    checkpoint_cli.add_to(commands)
     return parser
 
 
@@ -130,49 +127,6 @@ def _same_bits(a: verify.Outcome, b: verify.Outcome) -> bool:
         and a.weights.keys() == b.weights.keys()
         and all(a.weights[name].tobytes() == b.weights[name].tobytes() for name in a.weights)
     )
-
-
-def _list(options: argparse.Namespace) -> int:
-    paths = checkpoint.steps(options.path)
-    if not paths:
-        raise UsageError(f"{options.path} holds no checkpoint: give a run's directory, such as runs/cnn_torch-001.")
-    damaged = 0
-    for path in paths:
-        try:
-            checkpoint.read(path)
-            print(f"{path}  whole")
-        except checkpoint.DamagedCheckpoint as damage:
-            damaged += 1
-            print(f"{path}  DAMAGED: {damage}")
-    return 1 if damaged else 0
-
-
-def _read(path: Path) -> checkpoint.Checkpoint:
-    if not path.is_dir():
-        raise UsageError(f"{path} is no directory: give a checkpoint, such as runs/cnn_torch-001/step-00000450.")
-    return checkpoint.read(path)
-
-
-def _check(options: argparse.Namespace) -> int:
-    try:
-        print(f"{_read(options.path).path}: whole")
-        return 0
-    except checkpoint.DamagedCheckpoint as damage:
-        print(f"error: {damage}", file=sys.stderr)
-        return 1
-
-
-def _show(options: argparse.Namespace) -> int:
-    try:
-        found = _read(options.path)
-    except checkpoint.DamagedCheckpoint as damage:
-        print(f"error: {damage}", file=sys.stderr)
-        return 1
-    for key, value in found.manifest.items():
-        print(f"{key}: {value}")
-    for name, array in found.state.items():
-        print(f"{name}  {array.dtype}{list(array.shape)}")
-    return 0
 
 
 if __name__ == "__main__":

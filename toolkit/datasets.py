@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +41,40 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def take(self, indices: np.ndarray) -> Split:
+        """The samples of these indices, in this order."""
+        return Split(self.x[indices], self.y[indices])
+
+
+def shifted(images: np.ndarray, generators: Iterable[np.random.Generator], most: int) -> np.ndarray:
+    """Augmented images: each moved by up to `most` pixels in both directions, zeros coming in.
+
+    Args:
+        images: shape (n, height, width).
+        generators: a random stream for each image; not touched where `most` is 0.
+        most: pixels, at least 0.
+    """
+    if most == 0:
+        return images
+    height, width = images.shape[1:]
+    padded = np.pad(images, ((0, 0), (most, most), (most, most)))
+    moves = [generator.integers(0, 2 * most, 2, endpoint=True) for generator in generators]
+    return np.stack([image[y : y + height, x : x + width] for image, (y, x) in zip(padded, moves, strict=True)])
+
+
+def with_noise(x: np.ndarray, generators: Iterable[np.random.Generator], deviation: float) -> np.ndarray:
+    """Augmented features: normal noise of this standard deviation added.
+
+    Args:
+        x: shape (n, features).
+        generators: a random stream for each row; not touched where `deviation` is 0.
+        deviation: in units of x, at least 0.
+    """
+    if deviation == 0:
+        return x
+    noise = np.stack([generator.standard_normal(x.shape[1], x.dtype) for generator in generators])
+    return x + x.dtype.type(deviation) * noise
 
 
 def digits(data_dir: Path | None = None) -> tuple[Split, Split]:

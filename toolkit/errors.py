@@ -11,9 +11,16 @@ class UsageError(ValueError):
     ag_pass_through = True  # read by TensorFlow, which would wrap one raised in a traced function in its own error
 
 
-class RanksDiffer(RuntimeError):
-    """The ranks no longer hold the same model; raised on all of them alike.
+class RunFailed(RuntimeError):
+    """A check of the run failed; raised on all ranks alike.
 
-    Its text names the step, the first tensors that differ, the ranks, and the largest difference.
-    Uncaught, it ends the job with that line, from rank 0, and exit code 1.
+    Its text is one line. Uncaught, it ends the job with that line, from rank 0, and exit code 1.
     """
+
+
+class RanksDiffer(RunFailed):
+    """The ranks no longer hold the same model; names the step, the tensors, the ranks, the largest difference."""
+
+
+class SamplesDiffer(RunFailed):
+    """The ranks together did not use each sample of an epoch once; names the samples by index."""

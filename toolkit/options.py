@@ -9,16 +9,23 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from toolkit import world
+from toolkit import sharding, world
 from toolkit.world import World
 
 
 def option(
-    default: Any, help: str, *, minimum: float | None = None, maximum: float = math.inf, above: float | None = None
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float = math.inf,
+    above: float | None = None,
+    below: float = math.inf,
+    choices: Sequence[str] | None = None,
 ) -> Any:
     """A dataclass field that becomes a flag.
 
@@ -28,10 +35,11 @@ def option(
         minimum: smallest value accepted.
         maximum: largest value accepted.
         above: the value must be larger than this.
+        below: the value must be smaller than this.
+        choices: the words accepted.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum, "above": above}
-    )
+    limits = {"minimum": minimum, "maximum": maximum, "above": above, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +55,47 @@ class RunOptions:
     learning_rate: float = option(0.02, "for the global batch size, or for one worker's --batch-size", above=0)
     warmup_epochs: float = option(1.0, "length of the warm-up where --batch-size scales the rate", minimum=0)
     seed: int = option(0, "for initial weights and the order of the samples", minimum=0, maximum=2**32 - 1)
+    sharding: str = option(
+        "random", "a new order each epoch, or each worker its own contiguous block", choices=sharding.KINDS
+    )
+    folds: int | None = option(
+        None, "cross-validate: train once for each of so many folds, held out in turn", minimum=2
+    )
+    fold: int | None = option(None, "train only this one of the --folds, from 1", minimum=1)
+    fold_groups: int = option(1, "groups of workers that train folds at the same time", minimum=1)
     output: Path | None = option(None, "directory for checkpoints and metrics.jsonl (default: a new one under runs/)")
     resume: bool = option(False, "continue the run in --output, or the latest run under runs/")
     keep: int = option(3, "checkpoints to keep", minimum=1)
     checkpoint_every: int = option(1, "epochs between checkpoints; the last epoch has one always", minimum=1)
+    checkpoint_steps: int | None = option(None, "steps between checkpoints, besides those of epochs", minimum=1)
     print_every: int = option(1, "epochs between printed lines", minimum=1)
     max_steps: int | None = option(None, "end after this many steps; 0: with the initial state", minimum=0)
-    check_sync: int = option(100, "steps between checks that all ranks hold the same model; 0: none", minimum=0)
+    check_sync: int | None = option(
+        None,
+        "steps between checks that all ranks hold the same model; 0: none (default: at most 1 % of the time)",
+        minimum=0,
+    )
+    audit: bool = option(False, "count after each epoch that every sample was used once")
+    deterministic: bool = option(
+        False, "runs repeat to the bit with more than two workers too, whatever is reduced at the same time"
+    )
     no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
     verbose: bool = option(False, "print the chosen settings with their reasons")
 
     def samples_per_step(self, world: World) -> int:
         """The global batch size in samples."""
         return self.batch_size * world.size if self.batch_size else self.global_batch_size
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The arguments of an adapter's `start`."""
+        return {
+            "seed": self.seed,
+            "tune": not self.no_tuning,
+            "verbose": self.verbose,
+            "deterministic": self.deterministic,
+            "groups": self.fold_groups,
+        }
 
 
 Options = TypeVar("Options")
@@ -95,9 +131,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: A
     base = next(t for t in typing.get_args(hint) if t is not type(None)) if _is_union(hint) else hint
     shown = "" if field.default is None else f" (default: {field.default})"
     convert = _converter(flag, base, field.metadata)
-    parser.add_argument(
-        *names, type=convert, default=field.default, metavar=base.__name__.upper(), help=help_line + shown
-    )
+    choices = field.metadata["choices"]
+    metavar = "|".join(choices) if choices else base.__name__.upper()
+    parser.add_argument(*names, type=convert, default=field.default, metavar=metavar, help=help_line + shown)
 
 
 def _is_union(hint: Any) -> bool:
@@ -105,7 +141,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def _converter(flag: str, base: type, limits: Mapping[str, Any]) -> Any:
-    minimum, maximum, above = limits["minimum"], limits["maximum"], limits["above"]
+    minimum, maximum, above, below = (limits[name] for name in ("minimum", "maximum", "above", "below"))
     accepted = {int: "a whole number", float: "a number"}.get(base, f"a {base.__name__}")
     if minimum is not None:
         accepted += f" of at least {minimum}"
@@ -113,6 +149,10 @@ def _converter(flag: str, base: type, limits: Mapping[str, Any]) -> Any:
         accepted += f" above {above}"
     if maximum < math.inf:
         accepted += f" and at most {maximum}"
+    if below < math.inf:
+        accepted += f" and below {below}"
+    if limits["choices"]:
+        accepted = " or ".join(limits["choices"])
 
     def convert(text: str) -> Any:
         try:
@@ -123,6 +163,8 @@ def _converter(flag: str, base: type, limits: Mapping[str, Any]) -> Any:
             (minimum is not None and not minimum <= value < math.inf)
             or (above is not None and not above < value < math.inf)
             or (maximum < math.inf and value > maximum)
+            or (below < math.inf and not value < below)
+            or (limits["choices"] and value not in limits["choices"])
         )
         if value is None or out_of_range:
             raise argparse.ArgumentTypeError(f"{flag} is {text!r}: give {accepted}.")

@@ -24,11 +24,13 @@ class Progress:
         world: ranks above 0 draw and print nothing.
         total: steps of the whole run.
         done: steps taken already.
+        prefix: stands before each line.
     """
 
-    def __init__(self, world: World, total: int, done: int) -> None:
+    def __init__(self, world: World, total: int, done: int, prefix: str = "") -> None:
         self._rank = world.rank
-        self._terminal = _terminal() if world.rank == 0 else None
+        self._prefix = prefix
+        self._terminal = _terminal() if world.rank == world.group == 0 else None
         self._bar: Any = None
         if self._terminal is not None:
             self._bar = tqdm(
@@ -51,6 +53,7 @@ class Progress:
         """Print a line on rank 0."""
         if self._rank != 0:
             return
+        text = self._prefix + text
         if self._bar is not None:
             self._bar.clear()
         # In one write: a launcher may put a tag before each piece that it reads.

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, schedule
+from toolkit import checkpoint, output, plain, schedule
 from toolkit.adapters import Adapter
-from toolkit.errors import RanksDiffer, UsageError
+from toolkit.audit import Audit
+from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
 from toolkit.progress import Progress
+from toolkit.random_streams import sample_generator
 from toolkit.sharding import Part, Sharding
+from toolkit.sync import SyncCheck
 from toolkit.world import World
 
 _FLUSH_STEPS = 50  # steps whose losses are averaged over the ranks in one collective operation
@@ -32,12 +33,17 @@ _FREE_OPTIONS = [
     "resume",
     "keep",
     "checkpoint_every",
+    "checkpoint_steps",
     "print_every",
     "max_steps",
     "check_sync",
+    "audit",
+    "fold_groups",
+    "deterministic",
     "no_tuning",
     "verbose",
 ]
+Item = TypeVar("Item")
 
 
 class Batch(NamedTuple):
@@ -47,11 +53,21 @@ class Batch(NamedTuple):
         x: inputs, shape (n, …), n ≥ 1.
         y: targets, shape (n, …).
         weight: what to multiply the mean loss over the n samples with; see `toolkit.sharding`.
+        indices: the samples' places in the data: int64, shape (n,).
+        epoch: from 0.
+        seed: the run's.
     """
 
     x: np.ndarray
     y: np.ndarray
     weight: float
+    indices: np.ndarray
+    epoch: int
+    seed: int
+
+    def generators(self) -> Iterator[np.random.Generator]:
+        """A random stream for each sample, the same whichever rank has it; see `toolkit.random_streams`."""
+        return (sample_generator(self.seed, self.epoch, index) for index in self.indices)
 
 
 @dataclass
@@ -67,7 +83,8 @@ class _Position:
 class Run:
     """A training run: enter it to start or resume, iterate it for batches, leave it to end.
 
-    Entering gives every rank rank 0's state (or, with `--resume`, the newest whole checkpoint's).
+    Entering gives every rank rank 0's state (or, with `--resume`, the newest whole checkpoint's) and
+    seeds the random generators, the framework's of each rank differently.
 
     Args:
         options: the recipe's options.
@@ -76,6 +93,8 @@ class Run:
         model: the model.
         optimizer: the distributed optimizer.
         samples: number of training samples.
+        extra: names to more objects with `state_dict()` and `load_state_dict()` that checkpoints hold, such as
+            a learning-rate scheduler or a GradScaler; rank 0's, of plain values.
 
     Attributes:
         name: the script's, which names the default output directory, `runs/<name>-001`.
@@ -84,7 +103,9 @@ class Run:
         sharding: how samples are cut into batches and parts.
 
     Raises:
-        UsageError: on entering: the output directory holds another run, or there is none to resume.
+        UsageError: the optimizer accumulates another number of passes than the options say, or `--folds` is given
+            to a script without `each_fold`; on entering: the output directory holds another run, or there is none
+            to resume.
     """
 
     def __init__(
@@ -95,15 +116,31 @@ class Run:
         model: Any,
         optimizer: Any,
         samples: int,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.options, self.world, self.adapter = options, world, adapter
         self.model, self.optimizer = model, optimizer
-        self.name = Path(sys.argv[0]).stem
+        self.name = script_name()
+        passes = getattr(optimizer, "passes_per_step", options.accumulation_steps)
+        if passes != options.accumulation_steps:
+            raise UsageError(
+                f"--accumulation-steps is {options.accumulation_steps} and the optimizer accumulates {passes}: "
+                "pass accumulation_steps=options.accumulation_steps to distribute()."
+            )
+        if options.folds is not None and options.fold is None:
+            raise UsageError("--folds is given, and the script trains no folds: have it loop over each_fold().")
         batch = min(options.samples_per_step(world), samples)
-        self.sharding = Sharding(samples, batch, world.size, options.seed, options.accumulation_steps)
+        self.sharding = Sharding(samples, batch, world.size, options.seed, options.accumulation_steps, options.sharding)
         self._at = _Position()
         self._losses: list[Any] = []  # this pass's or earlier ones' of an unfinished step
         self._rows: list[dict[str, Any]] = []
+        self._part: Part | None = None  # what `follow` handed out last
+        self._sync = SyncCheck(adapter, options.check_sync)
+        self._audit = Audit(adapter, samples) if options.audit else None
+        self._reference = min(options.batch_size or options.global_batch_size, samples)  # the rate is for this batch
+        self._extra = dict(extra or {})
+        self._stopped = self._save_is_due = False
+        self._writer = checkpoint.Writer()
 
     @property
     def epoch(self) -> int:
@@ -117,28 +154,33 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs, or `--max-steps`, are done."""
+        """Whether all epochs, or `--max-steps`, are done, or `stop` was called."""
         most = self.options.max_steps
-        return self.epoch >= self.options.epochs or (most is not None and self.step >= most)
+        return self._stopped or self.epoch >= self.options.epochs or (most is not None and self.step >= most)
+
+    def stop(self) -> None:
+        """End the run here, with a checkpoint; all ranks call it, between steps or epochs."""
+        self._stopped = True
+        self.save()
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()
-        if found is not None:
-            self.adapter.import_state(self.model, self.optimizer, found.state)
-            self._at = _Position(**found.manifest["position"])
-        self.adapter.broadcast_state(self.model, self.optimizer)
+        self._take_up(found)
+        self._origin = self.adapter.describe(self.model)
         if self.world.rank == 0:
-            self._open_metrics()
-        self.progress = Progress(self.world, self.options.epochs * self.sharding.steps_per_epoch, self.step)
-        if self.world.rank == 0:
-            begin = f"resumed at epoch {self.epoch}, step {self.step}" if found else "new run"
-            self.progress.line(
-                f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
-                f"{self.sharding.global_batch_size} samples a step"
-            )
+            self._metrics = output.Metrics(self.directory, self.step)
+        steps = self.options.epochs * self.sharding.steps_per_epoch
+        prefix = f"fold {self.options.fold}: " if self.options.fold else ""
+        self.progress = Progress(self.world, steps, self.step, prefix)
+        begin = f"resumed at epoch {self.epoch}, step {self.step}" if found else "new run"
+        self.progress.line(
+            f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
+            f"{self.sharding.global_batch_size} samples a step"
+        )
         if found is not None and self.finished:
-            self.progress.line(f"this run is complete already: give more than --epochs {self.options.epochs} to go on")
-        if self.options.check_sync:
+            more = f"--epochs {self.epoch}" if self.epoch >= self.options.epochs else f"--max-steps {self.step}"
+            self.progress.line(f"this run is complete already: give more than {more} to go on")
+        if self.options.check_sync != 0:
             self.check_sync()
         if self.options.max_steps == 0:
             self.save()
@@ -151,7 +193,10 @@ class Run:
             number = self.epoch
             yield number
             if self.epoch == number and not self.finished:
-                raise RuntimeError("the epoch's loop did not call run.end_epoch(): call it once after the batches.")
+                raise RuntimeError(
+                    "the epoch was not ended: take all of its batches and call run.end_epoch() once after them, "
+                    "or run.stop() to end the run."
+                )
 
     @property
     def steps_left_in_epoch(self) -> int:
@@ -173,27 +218,46 @@ class Run:
         Args:
             data: holds numpy arrays `x` and `y` of `samples` rows each.
         """
-        for part in self.parts_left_in_epoch():
-            logged = (self.step, len(self._losses))
-            yield Batch(data.x[part.indices], data.y[part.indices], part.weight)
-            if (self.step, len(self._losses)) == logged:
+        epoch, seed = self.epoch, self.options.seed
+        parts = self.parts_left_in_epoch()
+        return self.follow(
+            (part, Batch(data.x[part.indices], data.y[part.indices], part.weight, part.indices, epoch, seed))
+            for part in parts
+        )
+
+    def follow(self, batches: Iterable[tuple[Part, Item]]) -> Iterator[Item]:
+        """Hand on batches that another pipeline loads, and see to it that each is logged.
+
+        Args:
+            batches: the current epoch's, in the order of `parts_left_in_epoch`, each with the samples
+                that it holds and their weight.
+        """
+        if self.finished:
+            raise RuntimeError("the run is finished: loop over run.epochs(), which then ends.")
+        for part, batch in batches:
+            self._part = part
+            yield batch
+            if self._part is not None:
                 raise RuntimeError("the loop did not call run.log(loss=…): call it once for each batch.")
             if self.finished:
                 return
 
     def learning_rate(self) -> float:
         """The rate for the coming step: scaled with the global batch, warmed up to it."""
-        reference = min(self.options.batch_size or self.options.global_batch_size, self.sharding.samples)
-        scale = schedule.linear_scale(self.sharding.global_batch_size, reference)
+        scale = schedule.linear_scale(self.sharding.global_batch_size, self._reference)
         warmup_steps = round(self.options.warmup_epochs * self.sharding.steps_per_epoch)
         return self.options.learning_rate * scale * schedule.warmup(self.step, warmup_steps, 1 / scale)
 
-    def log(self, *, loss: Any) -> None:
+    def log(self, *, loss: Any, part: Part | None = None) -> None:
         """Note the weighted loss of the pass just done; the last pass of a step ends the step.
 
         Args:
             loss: a number or a scalar tensor; averaged over ranks and written with the step's row.
+            part: the samples that the pass used, for `--audit`; those handed out last by `batches` if None.
         """
+        part, self._part = part or self._part, None
+        if self._audit and part is not None and part.weight:
+            self._audit.note(part.indices)
         self._losses.append(loss.detach() if hasattr(loss, "detach") else loss)
         if len(self._losses) < self.options.accumulation_steps:
             return
@@ -205,8 +269,12 @@ class Run:
         self.progress.advance(self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
             self._flush()
-        if self.options.check_sync and self.step % self.options.check_sync == 0:
+        if self._sync.due(self.step):
             self.check_sync()
+        # An epoch's last step is saved by end_epoch, as the begin of the next epoch; others at once, before an
+        # evaluation that the uninterrupted run does not have here can draw random numbers.
+        if self.steps_left_in_epoch > 0 and (self.finished or self._saves_after(self.step)):
+            self.save()
 
     def check_sync(self) -> None:
         """Compare all ranks' parameters, buffers and optimizer state by their digests.
@@ -214,25 +282,7 @@ class Run:
         Raises:
             RanksDiffer: they are not equal to the bit; on every rank.
         """
-        digests = self.adapter.gather(self.adapter.digest(self.model, self.optimizer))
-        names = [name for name in digests[0] if any(other.get(name) != digests[0][name] for other in digests)]
-        if all(other == digests[0] for other in digests):
-            return
-        ranks = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        state = self.adapter.export_state(self.model, self.optimizer)
-        first = self.adapter.gather({name: state[name] for name in names[:3] if name in state})
-        differences = []
-        for name in names[:3]:
-            arrays = [np.asarray(held[name], np.float64) for held in first if name in held]
-            same_shape = len({array.shape for array in arrays}) == 1 and len(arrays) == len(first)
-            largest = max(np.abs(array - arrays[0]).max(initial=0) for array in arrays) if same_shape else np.inf
-            differences.append(f"{name} (by up to {largest:.3g})")
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        when = f"after step {self.step}" if self.step else "before the first step"
-        cause = "is the optimizer distributed?" if self.step else "was the initial state broadcast?"
-        raise RanksDiffer(
-            f"{when}, ranks {', '.join(map(str, ranks))} differ from rank 0 in {', '.join(differences)}{more}: {cause}"
-        )
+        self._sync.compare(self.model, self.optimizer, self.step)
 
     def end_epoch(self, **metrics: float) -> dict[str, float]:
         """End an epoch: print its line, write its row and, when due, a checkpoint.
@@ -243,11 +293,17 @@ class Run:
         Returns:
             The epoch's row, with `train_loss`: the mean over its steps. Empty where `--max-steps`
             ended the run within the epoch.
+
+        Raises:
+            SamplesDiffer: with `--audit`: the ranks did not use each sample once; on every rank.
         """
         self._flush()
-        if self.steps_left_in_epoch > 0:  # --max-steps ends the run here
-            self.save()
+        if self.steps_left_in_epoch > 0:  # --max-steps ends the run here, or the loop's own decision
+            if not self.finished:
+                self.save()
             return {}
+        if self._audit:
+            self.progress.line(self._audit.end_epoch(self.epoch + 1))
         loss = self._at.loss_sum / self.sharding.steps_per_epoch
         self._at = _Position(self.epoch + 1, self.step)
         seconds = time.perf_counter() - self._epoch_began
@@ -264,34 +320,65 @@ class Run:
             shown = {"loss": loss, **metrics}
             text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
             self.progress.line(f"epoch {self.epoch}/{self.options.epochs}  {text}  {seconds:.2f} s")
-        if self.finished or self.epoch % self.options.checkpoint_every == 0:
+        due = self._saves_after(self.step) or self._save_is_due
+        if self.finished or self.epoch % self.options.checkpoint_every == 0 or due:
             self.save()
         return row
 
-    def save(self) -> Path:
-        """Rank 0 writes a checkpoint of this moment; all ranks call it, and hold the same model."""
-        if self.options.check_sync:
+    def save(self) -> None:
+        """Save a checkpoint of this moment; all ranks call it, between steps, and hold the same model.
+
+        Rank 0 takes a copy of the state, and writes it while training goes on. After an epoch's last step it
+        is saved by `end_epoch`.
+
+        Raises:
+            RuntimeError: called between the passes of a step.
+            RanksDiffer: the ranks do not hold the same model.
+            RunFailed: on rank 0: the checkpoint before this one could not be written.
+        """
+        if self._losses:
+            raise RuntimeError("run.save() between the passes of a step: call it after the step's last pass.")
+        self._save_is_due = self.steps_left_in_epoch == 0
+        if self._save_is_due:
+            return
+        self._flush()
+        if self.options.check_sync != 0 and not self._sync.has_compared(self.step):
             self.check_sync()
-        path = self.directory / f"step-{self.step:08d}"
+        self._wait_for_writer()  # before there is another copy of the state
+        local = self.adapter.gather(self.adapter.export_local(self.model))
+        counts = {"audit/counts": self._audit.counts()} if self._audit else {}
         if self.world.rank == 0:
-            state = self.adapter.export_state(self.model, self.optimizer)
-            manifest = {
-                **self._identity(),
-                "world_size": self.world.size,
-                "position": asdict(self._at),
+            state = {
+                **self.adapter.export_state(self.model, self.optimizer),
+                **_means(local),
+                **counts,
+                **{f"rank{r}/{name}": array for r, state in enumerate(local) for name, array in state.items()},
             }
-            path = checkpoint.write(self.directory, self.step, state, manifest, self.options.keep)
-        return path
+            self._writer.write(self.directory, self.step, state, self._manifest(), self.options.keep)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
-        if kind is None and self.world.rank == 0:
-            newest = checkpoint.steps(self.directory)
-            self.progress.line(f"checkpoint: {newest[-1]}" if newest else "no checkpoint was written")
         if self.world.rank == 0:
             self._metrics.close()
+            if kind is not None:
+                self._writer.close()
+            else:
+                self._wait_for_writer()
+                newest = checkpoint.steps(self.directory)
+                self.progress.line(f"checkpoint: {newest[-1]}" if newest else "no checkpoint was written")
+
+    def _wait_for_writer(self) -> None:
+        try:
+            self._writer.wait()
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunFailed(f"a checkpoint could not be written to {self.directory}: {reason}") from None
+
+    def _saves_after(self, step: int) -> bool:
+        every = self.options.checkpoint_steps
+        return every is not None and step % every == 0
 
     def _flush(self) -> None:
         """Average the noted losses over the ranks; rank 0 writes the rows."""
@@ -306,55 +393,66 @@ class Run:
 
     def _write_row(self, kind: str, row: dict[str, Any]) -> None:
         if self.world.rank == 0:
-            self._metrics.write(json.dumps({"kind": kind, **row}) + "\n")
-            self._metrics.flush()
+            self._metrics.write(kind, row)
 
     def _agree_on_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
-        """Rank 0 finds the output directory and what to resume; every rank gets its answer."""
-        answer: Any = None
-        if self.world.rank == 0:
-            try:
-                answer = self._find_directory()
-            except UsageError as error:
-                answer = error
-        answer = self.adapter.gather(answer)[0]
-        if isinstance(answer, UsageError):
-            raise answer
-        return answer
+        """Rank 0 finds the output directory and what to resume; every rank gets its answer, and its own state."""
+        saved: dict[str, np.ndarray] = {}  # on rank 0
 
-    def _find_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
-        options, runs = self.options, Path("runs")
-        numbers = [p.name.removeprefix(f"{self.name}-") for p in runs.glob(f"{self.name}-[0-9]*") if p.is_dir()]
-        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
-        if options.resume:
-            directory = options.output or (runs / f"{self.name}-{last:03d}" if last else None)
-            if directory is None:
-                raise UsageError(f"--resume found no run of {self.name} under {runs}/: name one with --output.")
-            found = checkpoint.newest(directory)
-            if found is None:
-                raise UsageError(
-                    f"--resume found no whole checkpoint in {directory}: choose another --output to begin anew."
-                )
+        def decide() -> tuple[Path, tuple[Path, dict[str, Any], list[str]] | None]:
+            directory = output.choose(self.name, self.options.output, self.options.resume)
+            if not self.options.resume:
+                return directory, None
+            found = output.to_resume(directory)
             self._check_same_run(found)
-            return directory, found
-        if options.output is None:
-            return _new_directory(runs, self.name, last + 1), None
-        directory = options.output
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise UsageError(f"{directory} is not an empty directory: choose another --output, or add --resume.")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--output {directory} can't be made: {error.strerror}.") from None
-        return directory, None
+            saved.update(found.state)
+            return directory, (found.path, found.manifest, list(found.state))
+
+        directory, told = output.decided_by_rank_0(self.world, self.adapter, decide)
+        if told is None:
+            return directory, None
+        path, manifest, names = told
+        state = {}
+        for name in names:  # one by one: MPI sends 2 GiB at most at once
+            array = self.adapter.gather(saved.get(name))[0]
+            if not name.startswith("rank") or name.startswith(f"rank{self.world.rank}/"):
+                state[name] = array
+        return directory, checkpoint.Checkpoint(path, manifest, state)
+
+    def _take_up(self, found: checkpoint.Checkpoint | None) -> None:
+        """Begin with rank 0's state, or with a checkpoint's."""
+        adapter, world, seed, local = self.adapter, self.world, self.options.seed, None
+        if found is not None:
+            shared = {name: a for name, a in found.state.items() if name.startswith(("model/", "optimizer/"))}
+            adapter.import_state(self.model, self.optimizer, shared)
+            self._at = _Position(**found.manifest["position"])
+            self._reference = found.manifest["reference_batch_size"]
+            for name, saved in found.manifest["extra"].items():
+                self._extra[name].load_state_dict(plain.decode(saved))
+            prefix = f"rank{world.rank}/"
+            if found.manifest["world_size"] == world.size:
+                local = {n.removeprefix(prefix): a for n, a in found.state.items() if n.startswith(prefix)}
+            if self._audit and "audit/counts" in found.state:
+                self._audit.restore(found.state["audit/counts"])
+        else:
+            adapter.broadcast_state(self.model, self.optimizer)
+        if local is not None:
+            adapter.import_local(self.model, local)
+        else:  # other workers than before draw other numbers than before
+            mixed = np.random.SeedSequence([seed, self.step]).generate_state(1)[0] if self.step else seed
+            adapter.seed_local(self.model, int(mixed), world.rank)
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
         """Refuse to continue a run whose position would mean other samples here."""
+        if self._audit and found.manifest["position"]["step_in_epoch"] and "audit/counts" not in found.state:
+            raise UsageError(
+                f"--audit: {found.path} lies within an epoch whose samples were not counted: resume without --audit."
+            )
         for key, value in self._identity().items():
             if found.manifest.get(key) != value:
                 raise UsageError(
                     f"--resume: {found.path} was made with {key} {found.manifest.get(key)}, "
-                    f"this run has {key} {value}: give the options that it was made with."
+                    f"this run has {key} {value}: give the options that it was made with, or choose another --output."
                 )
 
     def _identity(self) -> dict[str, Any]:
@@ -364,35 +462,35 @@ class Run:
             "recipe": self.name,
             "samples": self.sharding.samples,
             "global_batch_size": self.sharding.global_batch_size,
-            **{name: value for name, value in own.items() if isinstance(value, bool | int | float | str)},
+            "optimizer": type(self.optimizer).__name__,
+            "extra_objects": sorted(self._extra),
+            **{name: value for name, value in own.items() if isinstance(value, bool | int | float | str | None)},
         }
 
-    def _open_metrics(self) -> None:
-        """Open metrics.jsonl for more rows; rows after the resumed step are written again."""
-        path = self.directory / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if self._is_past(line)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
-        self._metrics = path.open("a")
-
-    def _is_past(self, line: str) -> bool:
-        try:
-            return json.loads(line)["step"] <= self.step
-        except (ValueError, KeyError, TypeError):
-            return False  # a row that a killed run left unfinished
+    def _manifest(self) -> dict[str, Any]:
+        """Everything that an exact resume needs beside the arrays."""
+        return {
+            **self._origin,
+            **self._identity(),
+            "world_size": self.world.size,
+            "position": asdict(self._at),
+            "reference_batch_size": self._reference,
+            "learning_rate_of_next_step": self.learning_rate(),
+            "extra": {name: plain.encode(name, thing.state_dict()) for name, thing in self._extra.items()},
+        }
 
 
-def _new_directory(runs: Path, name: str, number: int) -> Path:
-    """Make `<name>-<number>` under `runs`, or with the next number that no other run takes meanwhile."""
-    while True:
-        directory = runs / f"{name}-{number:03d}"
-        try:
-            directory.mkdir(parents=True)
-            return directory
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise UsageError(f"{directory} can't be made: {error.strerror}; name another with --output.") from None
+def script_name() -> str:
+    """The running script's name, which names its runs."""
+    return Path(sys.argv[0]).stem
+
+
+def _means(local: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The mean over the ranks of what each keeps of the model for itself; of integers, rank 0's."""
+    return {
+        name: np.mean([state[name] for state in local], axis=0, dtype=np.float64).astype(array.dtype)
+        if np.issubdtype(array.dtype, np.floating)
+        else array
+        for name, array in local[0].items()
+        if name.startswith("model/")
+    }

@@ -38,7 +38,8 @@ class Choices:
 
 def choose_environment(environ: Mapping[str, str] = os.environ) -> Choices:
     """Decide on the variables to set before MPI and Horovod start."""
-    chosen, reasons = {}, []
+    chosen: dict[str, str] = {}
+    reasons = []
     for name, (value, reason) in _ENVIRONMENT.items():
         if name in environ:
             reasons.append(f"{name}={environ[name]} left alone: it is set")
@@ -46,6 +47,17 @@ def choose_environment(environ: Mapping[str, str] = os.environ) -> Choices:
             chosen[name] = value
             reasons.append(f"{name}={value}: {reason}")
     return Choices(environment=chosen, reasons=tuple(reasons))
+
+
+def with_determinism(choices: Choices) -> Choices:
+    """Add what keeps two optimizers' gradients out of one buffer when they happen to be ready together.
+
+    Where in its buffer a value lies can decide in which order more than two ranks' values are added.
+    One optimizer's gradients travel as one group, always alike.
+    """
+    name = "HOROVOD_DISABLE_GROUP_FUSION"
+    reason = f"{name}=1: with it nothing that changes from run to run decides the order of additions"
+    return replace(choices, environment={**choices.environment, name: "1"}, reasons=(*choices.reasons, reason))
 
 
 def with_threads(

@@ -22,7 +22,7 @@ import numpy as np
 from toolkit import checkpoint
 from toolkit.errors import UsageError
 
-_ADDED = ("--output", "--max-steps", "--check-sync", "--resume", "--batch-size")
+_ADDED = ("--output", "--max-steps", "--check-sync", "--resume", "--batch-size", "--folds")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class Recipe:
                 )
             except FileNotFoundError as error:
                 raise UsageError(f"{error.filename} is not found: give a command that runs.") from None
+            except OSError as error:
+                raise UsageError(f"{line[0]} can't be run ({error.strerror}): give a command that runs.") from None
             try:
                 _, printed = process.communicate(timeout=self.timeout)
             except BaseException as error:
@@ -181,8 +183,8 @@ def explain(recipe: Recipe, size: int, outcome: Outcome, comparison: Comparison,
     if first == 1:
         return (
             "the first step's loss differs, though all ranks hold the same weights: together the workers see "
-            "other samples than one does (sharding), prepare them by rank (augmentation), or do not weight "
-            "unequal parts"
+            "other samples than one does (sharding), draw other random numbers for them (augmentation, dropout; "
+            "Batch.generators() depend on the sample alone), or do not weight unequal parts"
         )
     if first is not None and first % outcome.steps_per_epoch == 0:
         return (

@@ -34,6 +34,9 @@ class World:
         local_size: number of workers on this host.
         cross_rank: this host among the hosts that have a worker of this local rank.
         cross_size: number of hosts that have a worker of this local rank.
+        group: this worker's group, 0 … groups − 1, where the job trains several models at the same
+            time; then rank and size are those within the group.
+        groups: number of groups; 1 without them.
     """
 
     rank: int = 0
@@ -42,11 +45,14 @@ class World:
     local_size: int = 1
     cross_rank: int = 0
     cross_size: int = 1
+    group: int = 0
+    groups: int = 1
 
     @property
     def name(self) -> str:
         """Rank and host, as messages name a worker: `rank 3 on node7`."""
-        return f"rank {self.rank} on {socket.gethostname()}"
+        group = f" of group {self.group}" if self.groups > 1 else ""
+        return f"rank {self.rank}{group} on {socket.gethostname()}"
 
 
 def from_launcher(environ: Mapping[str, str] = os.environ) -> World | None:

@@ -27,3 +27,11 @@ def test_a_model_that_ranks_do_not_share_is_never_saved(tmp_path):
     result = launch(2, command, environment={"PLANTED": "no distribute"})
     assert result.returncode == 1 and "after step 10, ranks 1 differ" in result.stderr, result.stderr
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_by_default_checks_take_one_percent_of_the_time():
+    result = launch(2, [WORKERS / "sync_cadence.py"])
+    assert result.returncode == 0, result.stderr
+    checked = [int(step) for step in result.stdout.split()[1:]]
+    # The first after 100 steps of some 1.2 ms; 200 ms are 1 % of 20 s. On whatever machine: more than 100 steps.
+    assert checked[0] == 100 and (len(checked) == 1 or checked[1] - 100 > 100), checked

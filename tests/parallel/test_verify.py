@@ -12,7 +12,7 @@ FOUND = {
     "": "pass",
     "no distribute": "after step 1, ranks 1, 2, 3 differ from rank 0 in model/weight",
     "no broadcast": "before the first step, ranks 1, 2, 3 differ from rank 0",
-    "augmentation by rank": "(augmentation)",
+    "augmentation by rank": "(augmentation, dropout;",
     "same data on every rank": "(sharding)",
     "unweighted tail": "losses part at step 14, an epoch's last batch",  # 442 = 13 · 32 + 26
     "rate scaled twice": "the first update is 4 times one worker's",

@@ -98,7 +98,14 @@ def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(mistake, size, mn
 TENSORFLOWS_OWN = ("WARNING: All log messages", "I0000 ", "To enable the following")
 
 
-@pytest.mark.parametrize("mistake", ["unknown flag", "batch size of 0", "no data directory", "lying header"])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "unknown flag",
+        "lying header",
+        *(pytest.param(m, marks=pytest.mark.long) for m in ("batch size of 0", "no data directory")),
+    ],
+)
 @pytest.mark.parametrize("recipe", ["cnn_tensorflow", "cnn_keras"])
 def test_a_mistake_is_one_line_in_every_framework(recipe, mistake, mnist, tmp_path):
     arguments, damage, named = MISTAKES[mistake]

@@ -18,6 +18,10 @@ FLAVOURS = {
 }
 
 
+def some_long(values, short):
+    return [value if value in short else pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     """Run a recipe once for each set of arguments; gives its output directory."""
@@ -70,7 +74,7 @@ SMALL = ("--global-batch-size", "50", "--learning-rate", "0.01")
 CNN = ("--max-steps", "50", *SMALL)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_cnn_losses_do_not_depend_on_the_number_of_workers(train, flavour, size):
     one, many = losses(train("cnn", flavour, 1, *CNN)), losses(train("cnn", flavour, size, *CNN))
@@ -85,34 +89,93 @@ def test_cnn_losses_do_not_depend_on_the_framework(train, flavour):
     )
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", some_long(FLAVOURS, short=["torch", "keras on tensorflow"]))
 def test_accumulated_passes_make_the_same_steps(train, flavour):
     short = ("--max-steps", "30", *SMALL)
     passes = losses(train("cnn", flavour, 2, *short, "--accumulation-steps", "3"))
     np.testing.assert_allclose(passes, losses(train("cnn", flavour, 1, *CNN))[:30], rtol=1e-4)
 
 
+# With all that draws random numbers, stopped within an epoch and at its end (45 steps of the CNN, 5 of the other).
+RANDOM = {
+    "cnn": ("--epochs", "2", "--dropout", "0.3", "--shift", "2"),
+    "linear_regression": (
+        "--epochs",
+        "3",
+        "--deterministic",
+        "--dropout",
+        "0.3",
+        "--noise",
+        "0.1",
+        "--global-batch-size",
+        "100",
+    ),
+}
+STOPS = {
+    "torch": {"cnn": 31, "linear_regression": 7},
+    "tensorflow": {"cnn": 60, "linear_regression": 5},
+    "keras on tensorflow": {"cnn": 44, "linear_regression": 11},
+    "keras on torch": {"cnn": 45, "linear_regression": 4},
+}
+
+
+@pytest.mark.parametrize("recipe", RANDOM)
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_resumed_run_is_the_uninterrupted_one(train, flavour):
-    """To the bit, with the interruption within an epoch; 45 steps are one."""
-    framework, environment = FLAVOURS[flavour]
-    straight = train("cnn", flavour, 2, "--epochs", "3")
-    resumed = train("cnn", flavour, 2, "--epochs", "3", "--max-steps", "60")
-    result = launch(
-        2,
-        [f"recipes/cnn_{framework}.py", "--output", resumed, "--epochs", "3", "--resume"],
-        environment=environment,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "resumed at epoch 1, step 60" in result.stdout
+def test_a_resumed_run_is_the_uninterrupted_one(train, flavour, recipe):
+    """To the bit: weights, optimizer, random states of every rank, metrics."""
+    stop = STOPS[flavour][recipe]
+    straight = train(recipe, flavour, 2, *RANDOM[recipe], "--audit")
+    resumed = train(recipe, flavour, 2, *RANDOM[recipe], "--audit", "--max-steps", str(stop))
+    printed = resume(recipe, flavour, 2, resumed, *RANDOM[recipe], "--audit")
+    assert f", step {stop} in " in printed and printed.count(" 0 missed, 0 repeated") >= 1
     expected, found = checkpoint.newest(straight), checkpoint.newest(resumed)
-    assert found.path.name == expected.path.name == "step-00000135"
+    assert found.path.name == expected.path.name
     assert found.state.keys() == expected.state.keys()
     for name, array in expected.state.items():
-        assert np.array_equal(found.state[name], array), name
-    assert losses(resumed).tolist() == losses(straight).tolist()
-    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(straight, "epoch")]
-    assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows(resumed, "epoch")] == timeless
+        assert found.state[name].tobytes() == array.tobytes(), name
+    for kind in ("step", "epoch"):
+        timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(straight, kind)]
+        assert [{k: v for k, v in row.items() if k != "seconds"} for row in rows(resumed, kind)] == timeless
+
+
+def test_the_rate_stays_that_of_the_first_workers_batch(train):
+    """Two workers' batches of 32, taken up by one worker with 64, within the warm-up."""
+    straight = train("cnn", "torch", 2, "--batch-size", "32", "--epochs", "2")
+    output = train("cnn", "torch", 2, "--batch-size", "32", "--epochs", "2", "--max-steps", "9")
+    resume("cnn", "torch", 1, output, "--batch-size", "64", "--epochs", "2")
+    rates = [[row["learning_rate"] for row in rows(directory, "step")] for directory in (straight, output)]
+    assert rates[0] == rates[1] and rates[0][0] == 0.02 and rates[0][-1] == 0.04
+
+
+def resume(recipe, flavour, size, output, *arguments):
+    framework, environment = FLAVOURS[flavour]
+    command = [f"recipes/{recipe}_{framework}.py", "--output", output, *arguments, "--resume"]
+    result = launch(size, command, environment=environment, launcher="none" if size == 1 else "mpirun")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flavour", "sharding"),
+    [
+        ("torch", "random"),
+        ("keras on tensorflow", "sequential"),
+        pytest.param("tensorflow", "random", marks=pytest.mark.long),
+        pytest.param("keras on torch", "sequential", marks=pytest.mark.long),
+        pytest.param("torch", "sequential", marks=pytest.mark.long),
+    ],
+)
+def test_started_with_4_workers_resumed_with_2_then_with_1(train, flavour, sharding):
+    """Stays on the path of one worker; augmentation does not depend on the rank."""
+    options = ("--epochs", "2", *SMALL, "--shift", "2", "--sharding", sharding, "--audit")
+    one = losses(train("cnn", flavour, 1, *options))
+    output = train("cnn", flavour, 4, *options, "--max-steps", "13")
+    resume("cnn", flavour, 2, output, *options, "--max-steps", "40")
+    assert "1437 samples, 0 missed, 0 repeated" in resume("cnn", flavour, 1, output, *options)
+    assert len(one) == 2 * 29
+    np.testing.assert_allclose(losses(output), one, rtol=1e-4)
+    kept = [checkpoint.read(path).manifest["world_size"] for path in checkpoint.steps(output)]
+    assert kept == [2, 2, 1]
 
 
 def test_recipes_of_one_example_have_the_same_flags_and_defaults():

@@ -1,7 +1,9 @@
 """Checkpoints: whole or not at all, damage found, the one before used."""
 
 import json
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -35,6 +37,21 @@ def test_round_trip_is_exact(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     written(tmp_path, 1, 2, 10, keep=2)
     assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+def test_a_damaged_later_one_costs_no_whole_one(tmp_path):
+    _, late = written(tmp_path, 10, 20)
+    flip_bit(late / "state.safetensors")
+    (path,) = written(tmp_path, 12, keep=1)  # by a run that was resumed from step 10
+    with pytest.warns(UserWarning, match="step-00000020"):
+        assert checkpoint.newest(tmp_path).path == path
+
+
+def test_a_killed_runs_leftover_of_the_same_process_id_is_no_hindrance(tmp_path):
+    (tmp_path / f".step-00000003.{os.getpid()}.tmp" / "state.safetensors").mkdir(parents=True)
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.read(written(tmp_path, 3)[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_one_that_exists_is_not_written_again(tmp_path):
@@ -119,3 +136,33 @@ def test_a_failed_write_leaves_the_last_one_alone(tmp_path, monkeypatch):
 def test_nothing_to_find(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_it_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    disk_is_ready = threading.Event()
+    fsync = os.fsync
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: (disk_is_ready.wait(60), fsync(descriptor)))
+    writer = checkpoint.Writer()
+    writer.write(tmp_path, 1, STATE, {}, 3)  # comes back though the disk is not ready
+    assert checkpoint.newest(tmp_path) is None
+    disk_is_ready.set()
+    writer.write(tmp_path, 2, STATE, {}, 3)  # the first is whole by now
+    assert checkpoint.read(tmp_path / "step-00000001")
+    writer.wait()
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_failed_write_is_told_at_the_next_one(tmp_path, monkeypatch):
+    (path,) = written(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    writer = checkpoint.Writer()
+    writer.write(tmp_path, 2, STATE, {}, 1)
+    with pytest.raises(OSError, match="No space"):
+        writer.wait()
+    writer.wait()  # told once
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path).path == path

@@ -371,3 +371,34 @@ def test_least_squares_computes_in_float64():
 def test_without_scikit_learn_the_extra_is_named(monkeypatch, load):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "pip install 'hvdkit[recipes]'" in refusal(load)
+
+
+def generators(count):
+    return [np.random.default_rng(i) for i in range(count)]
+
+
+def test_shifted_images_are_the_rolled_ones_with_zeros_coming_in():
+    images = np.arange(1, 4 * 36 + 1, dtype=np.float32).reshape(4, 6, 6)
+    moved = datasets.shifted(images, generators(4), 2)
+    assert moved.shape == images.shape and moved.dtype == images.dtype
+    for image, found, generator in zip(images, moved, generators(4), strict=True):
+        down, right = 2 - generator.integers(0, 4, 2, endpoint=True)
+        expected = np.zeros((10, 10), np.float32)
+        expected[2:8, 2:8] = image
+        assert np.array_equal(found, np.roll(expected, (down, right), (0, 1))[2:8, 2:8])
+    assert datasets.shifted(images, iter([]), 0) is images
+
+
+def test_noise_is_each_rows_own():
+    x = np.zeros((3, 5), np.float32)
+    noisy = datasets.with_noise(x, generators(3), 0.5)
+    expected = [0.5 * g.standard_normal(5, np.float32) for g in generators(3)]
+    assert noisy.dtype == np.float32 and np.array_equal(noisy, np.array(expected, np.float32))
+    assert datasets.with_noise(x, iter([]), 0.0) is x
+
+
+def test_take():
+    data = datasets.diabetes()
+    some = data.take(np.array([5, 2]))
+    assert len(some) == 2 and np.array_equal(some.x, data.x[[5, 2]]) and np.array_equal(some.y, data.y[[5, 2]])
+    assert len(data.take([])) == 0

@@ -18,7 +18,15 @@ from toolkit.world import World
 class Adapter(Protocol):
     """What a recipe and the neutral modules ask of a framework."""
 
-    def start(self, *, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
+    def start(
+        self,
+        *,
+        seed: int = 0,
+        tune: bool = True,
+        verbose: bool = False,
+        deterministic: bool = False,
+        groups: int = 1,
+    ) -> World:
         """Tune this process, start Horovod, seed the framework; also without any launcher (size 1).
 
         An exception that nobody catches after this call ends the whole job: the rank and host are
@@ -29,13 +37,23 @@ class Adapter(Protocol):
             tune: choose thread counts and Horovod's and MPI's settings for this machine; what the
                 user set in the environment is left alone.
             verbose: rank 0 prints each chosen setting with its reason.
+            deterministic: let nothing that changes from run to run decide in which order numbers are
+                added: the framework's deterministic operations, and no fusion of reductions that
+                happen to be ready together.
+            groups: train this many models at the same time: the workers are cut into so many groups of
+                neighbours (Horovod process sets), and the world, all functions here and everything
+                built on them are about this worker's group.
 
         Raises:
-            UsageError: the framework can't be used as it is set up (such as Keras on the jax backend).
+            UsageError: the framework can't be used as it is set up (such as Keras on the jax backend),
+                or there are fewer workers than groups.
         """
 
     def stop(self) -> None:
-        """Leave the job cleanly; every rank calls it, after its last collective call. May be repeated."""
+        """Leave the job cleanly; every rank calls it, after its last collective call. May be repeated.
+
+        With groups it returns when all groups have come here.
+        """
 
     def distribute(
         self,
@@ -86,8 +104,13 @@ class Adapter(Protocol):
             adds nothing, even where its value is NaN.
         """
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (anything that pickles), in rank order, on every rank."""
+    def gather(self, value: Any, *, all_groups: bool = False) -> list[Any]:
+        """Every rank's `value` (anything that pickles), in rank order, on every rank.
+
+        Args:
+            value: this rank's.
+            all_groups: over the whole job, where `start` cut it into groups.
+        """
 
     def export_state(self, model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
         """Copies of the model's parameters and buffers and of the optimizer's state, by stable names.
@@ -109,5 +132,40 @@ class Adapter(Protocol):
     def digest(self, model: Any, optimizer: Any = None) -> dict[str, str]:
         """A short hash of each tensor of `export_state` that all ranks must hold alike, to compare them.
 
-        Left out is what each rank keeps for itself: BatchNorm's running statistics and random states.
+        Left out are BatchNorm's running statistics, which each rank keeps of its own samples.
+        """
+
+    def seed_local(self, model: Any, seed: int, rank: int) -> None:
+        """Seed all random generators anew: Python's and numpy's alike on all ranks, the framework's by rank.
+
+        So each rank's dropout draws its own numbers, also that of the model's random layers.
+
+        Args:
+            model: the model.
+            seed: 0 … 2³² − 1.
+            rank: this rank.
+        """
+
+    def export_local(self, model: Any) -> dict[str, np.ndarray]:
+        """Copies of what each rank keeps for itself: random states, and BatchNorm's running statistics.
+
+        Returns:
+            `random/<generator>` of Python, numpy, the framework and the model's random layers, and
+            `model/<name>` of the statistics, under the names of `export_state`.
+        """
+
+    def import_local(self, model: Any, state: Mapping[str, np.ndarray]) -> None:
+        """Put back what `export_local` gave, all or nothing.
+
+        Raises:
+            UsageError: names, shapes or dtypes differ.
+        """
+
+    def describe(self, model: Any) -> dict[str, Any]:
+        """What a checkpoint says of where it comes from; JSON values.
+
+        Returns:
+            `framework` ("torch", "tensorflow" or "keras") and `versions` of the packages behind it. For
+            torch, the names of those tensors that `export_state` widens from `bfloat16`. For Keras its
+            `backend`, and `architecture` (text): the model's configuration, None where it has none.
         """

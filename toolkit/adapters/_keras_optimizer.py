@@ -53,6 +53,12 @@ def distribute(
     return optimizer
 
 
+def plain_class(optimizer: Any) -> Any:
+    """The class that an optimizer had before `distribute`."""
+    kind = type(optimizer)
+    return kind.__mro__[2] if issubclass(kind, _Distributed) else kind  # itself, _Distributed, the plain one
+
+
 def require_distributed(model: Any) -> None:
     """Raise `UsageError` where the model would train with an optimizer that `distribute` has not seen."""
     if not isinstance(model.optimizer, _Distributed):
@@ -67,6 +73,12 @@ class _Distributed:
 
     _average: Callable[[list[Any], list[Any]], list[Any]]
     _trainable_variables: list[Any]
+
+    @property
+    def passes_per_step(self) -> int:
+        """Passes whose gradients are accumulated, by `distribute` or by the optimizer's own option."""
+        inner = getattr(self, "inner_optimizer", self)
+        return getattr(inner, "gradient_accumulation_steps", None) or 1
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Update the variables from the mean of all ranks' gradients."""

@@ -3,50 +3,87 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
+from keras.src.random.seed_generator import global_seed_generator
 
-from toolkit.adapters import _shared
+from toolkit.adapters import _keras_optimizer, _shared
 from toolkit.errors import UsageError
+
+_STATISTICS = re.compile(r"^model/.*/moving_(mean|variance)(#\d+)?$")  # of BatchNormalization
 
 
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
-    """`Adapter.export_state`, random states of the model's layers included."""
+    """`Adapter.export_state`."""
     return {name: _to_numpy(variable) for name, variable in _named(model, optimizer).items()}
 
 
 def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
     """`Adapter.digest`."""
-    own = random_names(model)
-    statistics = re.compile(r"/moving_(mean|variance)(#\d+)?$")  # of BatchNormalization
     state = export_state(model, optimizer)
-    return _shared.digest_arrays({n: a for n, a in state.items() if n not in own and not statistics.search(n)})
+    return _shared.digest_arrays({n: a for n, a in state.items() if not _STATISTICS.search(n)})
+
+
+def seed_random_layers(model: Any, seed: int, rank: int) -> None:
+    """Give every random layer, and Keras' own generator, a state of this rank's."""
+    for i, variable in enumerate(_random(model).values()):
+        variable.assign([_shared.framework_seed(seed, rank) ^ i, 0])
+
+
+def export_local(model: Any) -> dict[str, np.ndarray]:
+    """`Adapter.export_local` but for the backend's generators."""
+    statistics = {name: v for name, v in _named(model, None).items() if _STATISTICS.search(name)}
+    keras_own = {name: _to_numpy(variable) for name, variable in {**_random(model), **statistics}.items()}
+    return {**_shared.export_python_and_numpy(), **keras_own}
+
+
+def import_local(model: Any, state: Mapping[str, np.ndarray]) -> None:
+    """Put back what `export_local` gave; the caller has checked that it fits."""
+    _shared.import_python_and_numpy(state)
+    for name, variable in {**_random(model), **_named(model, None)}.items():
+        if name in state:
+            variable.assign(state[name])
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """`Adapter.describe` but for the framework's name."""
+    backend = keras.backend.backend()
+    versions = {name: sys.modules[name].__version__ for name in ("keras", backend, "numpy")}
+    try:
+        architecture = model.to_json()
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        architecture = None  # a model of one's own class, which has no configuration
+    return {"versions": versions, "backend": backend, "architecture": architecture}
 
 
 def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) -> None:
     """`Adapter.import_state`."""
     check_built(model)
     _shared.check_state_fits({n: a for n, a in state.items() if n.startswith("model/")}, export_state(model))
-    if optimizer is not None and not optimizer.built and len(state) > len(_named(model, optimizer)):
-        optimizer.build(model.trainable_variables)
-    named = _named(model, optimizer)
     if optimizer is not None:
-        _shared.check_state_fits(state, export_state(model, optimizer))
+        # One that has stepped was built, even where it keeps nothing per parameter, as plain SGD.
+        stepped = any(n.startswith("optimizer/iteration") and np.any(a) for n, a in state.items())
+        builds = not optimizer.built and (stepped or len(state) > len(_named(model, optimizer)))
+        _shared.check_state_fits(state, export_state(model, _built_twin(optimizer, model) if builds else optimizer))
+        if builds:
+            optimizer.build(model.trainable_variables)
+    named = _named(model, optimizer)
     for name, variable in named.items():
         array = state[name]
         variable.assign(array if isinstance(variable, keras.Variable) else array.astype(variable.dtype.as_numpy_dtype))
 
 
-def broadcast_state(model: Any, optimizer: Any, hvd: Any) -> None:
-    """`Adapter.broadcast_state`; random states stay each rank's own."""
+def broadcast_state(model: Any, optimizer: Any, hvd: Any, root: int, process_set: Any) -> None:
+    """`Adapter.broadcast_state` from the rank `root` of the whole job to those of a process set."""
     check_built(model)
-    state = hvd.broadcast_object(export_state(model, optimizer), root_rank=0, name="hvdkit.state")
-    if hvd.rank() != 0:
-        own = export_state(model)
-        import_state(model, optimizer, {**state, **{name: own[name] for name in random_names(model)}})
+    state = export_state(model, optimizer) if hvd.rank() == root else None
+    state = hvd.broadcast_object(state, root, name="hvdkit.state", process_set=process_set)
+    if hvd.rank() != root:
+        import_state(model, optimizer, state)
 
 
 def check_built(model: Any) -> None:
@@ -58,16 +95,33 @@ def check_built(model: Any) -> None:
         )
 
 
-def random_names(model: Any) -> set[str]:
-    """The names of random states (of dropout, say), which are variables of the model but no weights."""
-    weights = {id(v) for v in getattr(model, "weights", model.variables)}
-    return {name for name, variable in _named(model, None).items() if id(variable) not in weights}
+def _built_twin(optimizer: Any, model: Any) -> Any:
+    """What the optimizer will be once it is built, which Keras can't undo where the saved state does not fit."""
+    try:
+        twin = _keras_optimizer.plain_class(optimizer).from_config(optimizer.get_config())
+    except Exception:  # one of the user's own may have no configuration
+        twin = optimizer
+    twin.build(model.trainable_variables)
+    return twin
+
+
+def _random(model: Any) -> dict[str, Any]:
+    """Names to random states: of the model's layers (such as dropout), and of Keras' own generator."""
+    weights = {id(v) for v in _weights(model)}
+    layers = [v for v in model.variables if id(v) not in weights]
+    names = _unique(f"random/{_model_name(v)}" for v in layers)
+    return {**dict(zip(names, layers, strict=True)), "random/keras": global_seed_generator().state}
+
+
+def _weights(model: Any) -> list[Any]:
+    """The model's variables without the random states of its layers, which Keras counts among them."""
+    return list(getattr(model, "weights", model.variables))
 
 
 def _named(model: Any, optimizer: Any) -> dict[str, Any]:
     """Names to variables; two of one name are told apart by their order: `…/kernel`, `…/kernel#2`."""
-    names = [f"model/{_model_name(v)}" for v in model.variables]
-    variables = list(model.variables)
+    variables = _weights(model)
+    names = [f"model/{_model_name(v)}" for v in variables]
     if optimizer is not None:
         # Keras names a slot `<variable's path with _ for />_<slot>`.
         owners = {re.sub("[/:]", "_", getattr(v, "path", v.name)): _model_name(v) for v in model.trainable_variables}

@@ -7,9 +7,26 @@ from typing import Any
 
 import torch
 
-from toolkit.adapters._torch_ops import all_reduce_sum, average_gradients
+from toolkit.adapters._torch_ops import (
+    all_reduce_sum,
+    average_gradients,
+    be_deterministic,
+    export_random,
+    gather,
+    import_random,
+    seed_random,
+)
 
-__all__ = ["GradientAverager", "all_reduce_sum", "set_threads"]
+__all__ = [
+    "GradientAverager",
+    "all_reduce_sum",
+    "be_deterministic",
+    "export_random",
+    "gather",
+    "import_random",
+    "seed_random",
+    "set_threads",
+]
 
 
 def set_threads(threads: int) -> None:

@@ -1,23 +1,14 @@
-"""What every adapter does alike, above the framework: checks, packing for collectives, ends of a job."""
+"""What every adapter does alike, above the framework: checks, hashes, packing, host-side random states."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import sys
-import time
-import traceback
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
-from toolkit import tuning, world
-from toolkit.errors import RanksDiffer, UsageError
-from toolkit.tuning import Choices
-from toolkit.world import World
+from toolkit.errors import UsageError
 
 COMPRESSIONS = ("none", "fp16")
 
@@ -28,40 +19,30 @@ def seed_python_and_numpy(seed: int) -> None:
     np.random.seed(seed)
 
 
-def start_horovod(hvd: Any, *, tune: bool, verbose: bool) -> tuple[World, Choices]:
-    """Tune the environment, start Horovod and make this process's failures end the job.
-
-    Returns:
-        The world, and what tuning chose for the framework's threads.
-
-    Raises:
-        UsageError: the launcher started more workers than found each other.
-    """
-    launched = world.from_launcher()
-    end_job_on_exception(launched or World())
-    if launched is None:  # one worker needs no MPI, which would look for its daemon
-        os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
-        os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
-    choices = tuning.choose_environment() if tune else Choices()
-    os.environ.update(choices.environment)
-    hvd.init()
-    here = world.from_horovod(hvd)
-    if launched is not None and launched.size != here.size:
-        raise UsageError(
-            f"the launcher started {launched.size} workers, but Horovod found {here.size}: "
-            "start them with the mpirun or horovodrun of the MPI that Horovod was built with."
-        )
-    end_job_on_exception(here)
-    choices = tuning.with_threads(choices, here.local_size) if tune else choices
-    if verbose and here.rank == 0:
-        print(choices.explain(), flush=True)
-    return here, choices
+def framework_seed(seed: int, rank: int) -> int:
+    """A rank's own seed for its framework's generator, 0 … 2³¹ − 1."""
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1)[0] >> 1)
 
 
-def require_started(hvd: Any) -> None:
-    """Raise `UsageError` where `start()` was not called yet."""
-    if not hvd.is_initialized():
-        raise UsageError("Horovod is not started: call start() once before any other function of the adapter.")
+def export_python_and_numpy() -> dict[str, np.ndarray]:
+    """The states of `random` and of numpy's legacy global generator, as named arrays."""
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "random/python": np.array(words, np.uint32),
+        "random/python/gauss": np.array([np.nan if gauss is None else gauss]),
+        "random/numpy": np.array(keys, np.uint32),
+        "random/numpy/position": np.array([position, has_gauss], np.int64),
+        "random/numpy/gauss": np.array([cached]),
+    }
+
+
+def import_python_and_numpy(state: Mapping[str, np.ndarray]) -> None:
+    """Put back what `export_python_and_numpy` gave."""
+    gauss = float(state["random/python/gauss"][0])
+    random.setstate((3, tuple(state["random/python"].tolist()), None if np.isnan(gauss) else gauss))
+    position, has_gauss = state["random/numpy/position"].tolist()
+    np.random.set_state(("MT19937", state["random/numpy"], position, has_gauss, float(state["random/numpy/gauss"][0])))
 
 
 def check_distribute_options(accumulation_steps: int, clip_norm: float | None, compression: str) -> None:
@@ -72,34 +53,6 @@ def check_distribute_options(accumulation_steps: int, clip_norm: float | None, c
         raise UsageError(f"clip_norm is {clip_norm!r}: give a positive number, or None for no clipping.")
     if compression not in COMPRESSIONS:
         raise UsageError(f"compression is {compression!r}: give one of {', '.join(COMPRESSIONS)}.")
-
-
-def end_job_on_exception(here: World) -> None:
-    """Make an uncaught exception in this process end the whole job, naming this rank.
-
-    The process leaves without Horovod's and MPI's shutdown, which would wait for the other ranks;
-    its exit code makes the launcher end those.
-    """
-
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, UsageError | RanksDiffer):
-            if here.rank > 0:
-                # What all ranks share is told once: rank 0's exit ends the others in this time.
-                time.sleep(5)
-            prefix = f"[{here.name}] " if here.rank > 0 else ""
-            print(f"{prefix}error: {error}", file=sys.stderr)
-            code = 2 if issubclass(kind, UsageError) else 1
-        else:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            if here.size > 1:
-                text += f"[{here.name}] this worker failed with the error above, which ends the job.\n"
-            sys.stderr.write(text)
-            code = 130 if issubclass(kind, KeyboardInterrupt) else 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    sys.excepthook = excepthook
 
 
 def weighted_average(
@@ -136,17 +89,31 @@ def digest_arrays(state: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 def check_state_fits(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
     """Raise `UsageError` listing the first differences in names, shapes and dtypes."""
+    refuse(differences(found, expected))
+
+
+def differences(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> list[str]:
+    """What the names, shapes and dtypes of a saved state have different from a model's own, a text each."""
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not in this model" for name in found if name not in expected]
+    problems += [f"{name} is not in this {_owner(name)}" for name in found if name not in expected]
     for name in expected.keys() & found.keys():
         have, want = found[name], expected[name]
         if have.shape != want.shape or have.dtype != want.dtype:
             problems.append(
-                f"{name} is {have.dtype}{list(have.shape)} where the model has {want.dtype}{list(want.shape)}"
+                f"{name} is {have.dtype}{list(have.shape)} where the {_owner(name)} has {want.dtype}{list(want.shape)}"
             )
+    return problems
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise `UsageError` with the first of the differences, where there is one."""
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UsageError(
-            f"the saved state does not fit this model: {'; '.join(sorted(problems)[:5])}{more}. "
-            "Build the model with the options that it was saved with."
+            f"the saved state does not fit: {'; '.join(sorted(problems)[:5])}{more}. "
+            "Build the model and its optimizer with the options that they were saved with."
         )
+
+
+def _owner(name: str) -> str:
+    return "optimizer" if name.startswith("optimizer/") else "model"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from toolkit.adapters import _job
 from toolkit.errors import UsageError
 
 # What a variable's gradient is on a rank; where ranks differ, the largest is what all of them send.
@@ -29,7 +30,34 @@ def set_threads(threads: int) -> None:
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
     """The sum of a float64 vector over all ranks."""
-    return hvd.allreduce(tf.constant(vector), op=hvd.Sum, name="hvdkit.sum").numpy()
+    return hvd.allreduce(tf.constant(vector), op=hvd.Sum, name="hvdkit.sum", process_set=_job.process_set()).numpy()
+
+
+def gather(value: Any, process_set: Any) -> list[Any]:
+    """Every rank's value, in rank order."""
+    return hvd.allgather_object(value, name="hvdkit.gather", process_set=process_set)
+
+
+def be_deterministic() -> None:
+    """Have every operation of TensorFlow give the same bits in every run."""
+    tf.config.experimental.enable_op_determinism()
+    tf.random.set_global_generator(tf.random.Generator.from_seed(0))  # which it makes by chance otherwise
+
+
+def seed_random(seed: int) -> None:
+    """Seed TensorFlow's global generators."""
+    tf.random.set_seed(seed)
+    tf.random.get_global_generator().reset_from_seed(seed)
+
+
+def export_random() -> dict[str, np.ndarray]:
+    """The state of TensorFlow's global generator; that of operations such as `tf.random.normal` can't be had."""
+    return {"random/tensorflow": tf.random.get_global_generator().state.numpy()}
+
+
+def import_random(state: Mapping[str, np.ndarray]) -> None:
+    """Put back what `export_random` gave."""
+    tf.random.get_global_generator().state.assign(state["random/tensorflow"])
 
 
 class GradientAverager:
@@ -59,7 +87,9 @@ class GradientAverager:
         for dtype, indices in dense.items():  # a group holds one dtype
             packed = [tf.cast(_to_dense(gradients[i], variables[i]), dtype) for i in indices]
             name = f"{self._name}.{dtype.name}"
-            reduced = hvd.grouped_allreduce(packed, op=hvd.Average, name=name, ignore_name_scope=True)
+            reduced = hvd.grouped_allreduce(
+                packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=_job.process_set()
+            )
             for i, mean in zip(indices, reduced, strict=True):
                 means[i] = tf.cast(mean, variables[i].dtype)
         return means
@@ -87,7 +117,8 @@ class GradientAverager:
         return kinds
 
     def _agree(self, kinds: list[int]) -> list[int]:
-        return hvd.allreduce(tf.constant(kinds, tf.int32), op=hvd.Max, name=f"{self._name}.kinds").numpy().tolist()
+        local, name = tf.constant(kinds, tf.int32), f"{self._name}.kinds"
+        return hvd.allreduce(local, op=hvd.Max, name=name, process_set=_job.process_set()).numpy().tolist()
 
     def _wire_dtype(self, variable: Any) -> tf.DType:
         dtype = tf.as_dtype(variable.dtype)
@@ -101,10 +132,11 @@ class GradientAverager:
             gradient = tf.IndexedSlices(tf.zeros([0, *variable.shape[1:]], variable.dtype), tf.zeros([0], tf.int64))
         indices, values = _sum_duplicates(tf.cast(gradient.indices, tf.int64), gradient.values)
         wire = tf.float32 if values.dtype == tf.bfloat16 else values.dtype
-        indices = hvd.allgather(indices, name=f"{name}.indices", ignore_name_scope=True)
-        values = hvd.allgather(tf.cast(values, wire), name=f"{name}.values", ignore_name_scope=True)
+        ranks = _job.process_set()
+        indices = hvd.allgather(indices, f"{name}.indices", ignore_name_scope=True, process_set=ranks)
+        values = hvd.allgather(tf.cast(values, wire), f"{name}.values", ignore_name_scope=True, process_set=ranks)
         # Optimizers need unique indices; and sums of duplicates inside them may depend on threads.
-        indices, values = _sum_duplicates(indices, values / hvd.size())
+        indices, values = _sum_duplicates(indices, values / ranks.size())
         return tf.IndexedSlices(
             tf.cast(values, variable.dtype), indices, dense_shape=tf.constant(list(variable.shape), tf.int64)
         )

@@ -1,12 +1,16 @@
-"""Averaging of torch gradients over all ranks, for the torch adapter and for Keras on torch."""
+"""Averaging of torch gradients over all ranks, and torch's random state, for the torch adapter and Keras on torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import torch
+
+from toolkit.adapters import _job
 
 COMPRESSORS = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
 
@@ -41,7 +45,8 @@ def average_gradients(
         if not is_sparse
     ]
     packed = [COMPRESSORS[compression].compress(g) for g in dense]
-    reduced = hvd.grouped_allreduce([present, *(tensor for tensor, _ in packed)], name=name, op=hvd.Average)
+    tensors = [present, *(tensor for tensor, _ in packed)]
+    reduced = hvd.grouped_allreduce(tensors, name=name, op=hvd.Average, process_set=_job.process_set())
     present = reduced[0]
     dense_means = iter(
         COMPRESSORS[compression].decompress(tensor, context)
@@ -64,12 +69,42 @@ def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, name
         gradient = torch.zeros_like(parameter).to_sparse(1)
     gradient = gradient.coalesce()
     # Horovod gathers along the first dimension, which may differ in length between ranks.
-    indices = hvd.allgather(gradient.indices().t().contiguous(), name=f"{name}.indices")
-    values = hvd.allgather(_wire(gradient.values()), name=f"{name}.values")
-    mean = torch.sparse_coo_tensor(indices.t(), values / hvd.size(), parameter.shape, check_invariants=True)
+    ranks = _job.process_set()
+    indices = hvd.allgather(gradient.indices().t().contiguous(), f"{name}.indices", ranks)
+    values = hvd.allgather(_wire(gradient.values()), f"{name}.values", ranks)
+    mean = torch.sparse_coo_tensor(indices.t(), values / ranks.size(), parameter.shape, check_invariants=True)
     return mean.coalesce()
 
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
     """The sum of a float64 vector over all ranks."""
-    return hvd.allreduce(torch.from_numpy(vector), op=hvd.Sum, name="hvdkit.sum").numpy()
+    ranks = _job.process_set()
+    return hvd.allreduce(torch.from_numpy(vector), op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()
+
+
+def gather(value: Any, process_set: Any) -> list[Any]:
+    """Every rank's value, in rank order; Horovod's own function for it knows no process sets."""
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    lengths = hvd.allgather(torch.tensor([len(data)]), "hvdkit.gather.lengths", process_set)
+    gathered = hvd.allgather(data, "hvdkit.gather", process_set)
+    return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(lengths.tolist())]
+
+
+def be_deterministic() -> None:
+    """Have every operation of torch give the same bits in every run."""
+    torch.use_deterministic_algorithms(True)
+
+
+def seed_random(seed: int) -> None:
+    """Seed torch's global generator."""
+    torch.manual_seed(seed)
+
+
+def export_random() -> dict[str, np.ndarray]:
+    """The state of torch's global generator."""
+    return {"random/torch": torch.get_rng_state().numpy().copy()}
+
+
+def import_random(state: Mapping[str, np.ndarray]) -> None:
+    """Put back what `export_random` gave."""
+    torch.set_rng_state(torch.from_numpy(state["random/torch"].copy()))

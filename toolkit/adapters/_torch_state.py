@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,23 +10,25 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from toolkit.adapters import _shared
-from toolkit.errors import UsageError
+from toolkit.adapters import _job, _shared, _torch_fit, _torch_ops
+
+_PARTS = ("model/", "optimizer/")
 
 
 def broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
     """Give every rank rank 0's parameters, buffers and optimizer state."""
+    root, process_set = _job.root_rank(), _job.process_set()
     for name, tensor in _model_tensors(model).items():
         wire = tensor.detach().contiguous()
         if wire.dtype == torch.bfloat16:  # which Horovod does not know; its bits travel
             wire = wire.view(torch.int16)
         if wire.numel():
-            received = hvd.broadcast(wire, root_rank=0, name=f"state.{name}").view(tensor.dtype)
-            if hvd.rank() != 0:
+            received = hvd.broadcast(wire, root, f"state.{name}", process_set).view(tensor.dtype)
+            if hvd.rank() != root:
                 tensor.detach().copy_(received)
     if optimizer is not None:
-        state = hvd.broadcast_object(optimizer.state_dict(), root_rank=0, name="optimizer")
-        if hvd.rank() != 0:
+        state = hvd.broadcast_object(optimizer.state_dict(), root, "optimizer", process_set)
+        if hvd.rank() != root:
             optimizer.load_state_dict(state)
 
 
@@ -45,18 +48,40 @@ def export_state(model: torch.nn.Module, optimizer: Any) -> dict[str, np.ndarray
 def import_state(model: torch.nn.Module, optimizer: Any, state: Mapping[str, np.ndarray]) -> None:
     """Put back what `export_state` gave, or raise `UsageError` and change nothing."""
     here = export_state(model, optimizer)
-    # An optimizer that has not stepped has no state yet that the saved one could be compared with.
-    comparable = {n: a for n, a in state.items() if n.startswith("model/") or (n in here and not n.endswith("#"))}
-    _shared.check_state_fits(comparable, {n: a for n, a in here.items() if n.startswith("model/") or n in comparable})
+    problems = _shared.differences(_part("model/", state), _part("model/", here))
+    if optimizer is not None:
+        problems += [f"{name} is neither model/… nor optimizer/…" for name in state if not name.startswith(_PARTS)]
+        problems += _torch_fit.optimizer_differences(model, optimizer, _part("optimizer/", state), here)
+    _shared.refuse(problems)
     loaded = None if optimizer is None else _optimizer_state_dict(model, optimizer, state)
-    with torch.no_grad():
-        for name, tensor in _model_tensors(model).items():
-            tensor.copy_(torch.from_numpy(state[f"model/{name}"].copy()))
-    if loaded is not None:
-        optimizer.load_state_dict(loaded)
+    try:
+        _copy_into(model, state)
+        if loaded is not None:
+            optimizer.load_state_dict(loaded)
+    except BaseException:  # an optimizer of one's own may refuse its state; a buffer may be read-only
+        _copy_into(model, here)
+        raise
 
 
-def rank_local_names(model: torch.nn.Module) -> set[str]:
+def export_local(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Copies of this rank's random states and of BatchNorm's running statistics."""
+    statistic = statistics(model)
+    return {
+        **_shared.export_python_and_numpy(),
+        **_torch_ops.export_random(),
+        **{name: array for name, array in export_state(model, None).items() if name in statistic},
+    }
+
+
+def import_local(model: torch.nn.Module, state: Mapping[str, np.ndarray]) -> None:
+    """Put back what `export_local` gave, or raise `UsageError` and change nothing."""
+    _shared.check_state_fits(state, export_local(model))
+    _shared.import_python_and_numpy(state)
+    _torch_ops.import_random(state)
+    _copy_into(model, state)
+
+
+def statistics(model: torch.nn.Module) -> set[str]:
     """The names of BatchNorm's running statistics, which each rank keeps of its own samples."""
     return {
         "/".join(["model", f"{name}.{buffer}" if name else buffer])
@@ -64,6 +89,22 @@ def rank_local_names(model: torch.nn.Module) -> set[str]:
         if isinstance(module, torch.nn.modules.batchnorm._NormBase)
         for buffer in ("running_mean", "running_var", "num_batches_tracked")
     }
+
+
+def widened(model: torch.nn.Module) -> list[str]:
+    """The names of those tensors of `export_state` that it widens from bfloat16, without `model/`."""
+    return [name for name, tensor in _model_tensors(model).items() if tensor.dtype == torch.bfloat16]
+
+
+def _copy_into(model: torch.nn.Module, state: Mapping[str, np.ndarray]) -> None:
+    with torch.no_grad():
+        for name, tensor in _model_tensors(model).items():
+            if f"model/{name}" in state:
+                tensor.copy_(torch.from_numpy(state[f"model/{name}"].copy()))
+
+
+def _part(prefix: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in state.items() if name.startswith(prefix)}
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -94,25 +135,19 @@ def _flatten(prefix: str, value: Any, into: dict[str, np.ndarray]) -> None:
 
 def _optimizer_state_dict(model: torch.nn.Module, optimizer: Any, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The inverse of `_flatten`: what `optimizer.load_state_dict` takes."""
-    loaded = optimizer.state_dict()
-    loaded["state"] = {}
+    # A copy, as a state dict shares what its options hold with the optimizer.
+    loaded = {"state": {}, "param_groups": copy.deepcopy(optimizer.state_dict()["param_groups"])}
     names = {id(p): name for name, p in model.named_parameters()}
     places = {f"group{i}": group for i, group in enumerate(loaded["param_groups"])}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         prefix = f"optimizer/state/{names[id(p)]}/"
         if any(name.startswith(prefix) for name in state):
             places[f"state/{names[id(p)]}"] = loaded["state"].setdefault(i, {})
-    for name, array in state.items():
-        if not name.startswith("optimizer/"):
-            continue
+    lengths_first = sorted(_part("optimizer/", state).items(), key=lambda item: not item[0].endswith("[]#"))
+    for name, array in lengths_first:
         value: Any = array.item() if name.endswith("#") else torch.from_numpy(array.copy())
         rest = name.removeprefix("optimizer/").rstrip("#")
-        place = max((place for place in places if rest.startswith(f"{place}/")), key=len, default=None)
-        if place is None:
-            raise UsageError(
-                f"the saved state does not fit this optimizer: it has no place for {name}. "
-                "Build the optimizer with the options that it was saved with."
-            )
+        place = max((place for place in places if rest.startswith(f"{place}/")), key=len)
         target = places[place]
         *path, key = rest.removeprefix(f"{place}/").split("/")
         for part in path:

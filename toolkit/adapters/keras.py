@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from toolkit import schedule
-from toolkit.adapters import _keras_optimizer, _keras_state, _shared
+from toolkit.adapters import _job, _keras_optimizer, _keras_state, _shared
 from toolkit.adapters._keras_run import Batches as Batches
 from toolkit.adapters._keras_run import RunCallback as RunCallback
 from toolkit.errors import UsageError
@@ -25,26 +25,33 @@ BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
     import horovod.tensorflow as hvd
 
-    from toolkit.adapters._tensorflow_ops import GradientAverager, all_reduce_sum, set_threads
+    from toolkit.adapters import _tensorflow_ops as _ops
+    from toolkit.adapters._tensorflow_data import tf_data as tf_data
 elif BACKEND == "torch":
     import horovod.torch as hvd
 
-    from toolkit.adapters._keras_torch_ops import (  # type: ignore[assignment]
-        GradientAverager,
-        all_reduce_sum,
-        set_threads,
-    )
+    from toolkit.adapters import _keras_torch_ops as _ops  # type: ignore[no-redef]
+    from toolkit.adapters._torch_data import torch_data as torch_data
 
 _names = (f"gradients{i}" for i in itertools.count())
 
 
-def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
+def start(
+    *,
+    seed: int = 0,
+    tune: bool = True,
+    verbose: bool = False,
+    deterministic: bool = False,
+    groups: int = 1,
+) -> World:
     """See `toolkit.adapters.Adapter.start`; comes before the backend's first operation, which fixes its threads."""
-    _shared.end_job_on_exception(World())
+    _job.end_job_on_exception(World())
     _check_backend()
-    here, choices = _shared.start_horovod(hvd, tune=tune, verbose=verbose)
+    here, choices = _job.start_horovod(hvd, tune=tune, verbose=verbose, deterministic=deterministic, groups=groups)
+    if deterministic:
+        _ops.be_deterministic()
     if choices.threads:
-        set_threads(choices.threads)
+        _ops.set_threads(choices.threads)
     keras.utils.set_random_seed(seed)
     _shared.seed_python_and_numpy(seed)
     return here
@@ -52,7 +59,7 @@ def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
 
 def stop() -> None:
     """See `toolkit.adapters.Adapter.stop`."""
-    hvd.shutdown()
+    _job.stop_horovod(hvd, gather)
 
 
 def distribute(
@@ -78,26 +85,26 @@ def distribute(
     _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
     if not isinstance(model, keras.Layer):
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model that the optimizer trains.")
-    averager = GradientAverager(next(_names), compression)
+    averager = _ops.GradientAverager(next(_names), compression)
     return _keras_optimizer.distribute(optimizer, model, averager, accumulation_steps, clip_norm)
 
 
 def broadcast_state(model: Any, optimizer: Any = None) -> None:
-    """See `toolkit.adapters.Adapter.broadcast_state`; states of random layers stay each rank's own."""
+    """See `toolkit.adapters.Adapter.broadcast_state`."""
     _require_started()
-    _keras_state.broadcast_state(model, optimizer, hvd)
+    _keras_state.broadcast_state(model, optimizer, hvd, _job.root_rank(), _job.process_set())
 
 
 def average(values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:
     """See `toolkit.adapters.Adapter.average`."""
     _require_started()
-    return _shared.weighted_average(values, weight, all_reduce_sum)
+    return _shared.weighted_average(values, weight, _ops.all_reduce_sum)
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     """See `toolkit.adapters.Adapter.gather`."""
     _require_started()
-    return hvd.allgather_object(value, name="hvdkit.gather")
+    return _ops.gather(value, _job.process_set(all_groups))
 
 
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
@@ -113,6 +120,34 @@ def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) ->
 def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
     """See `toolkit.adapters.Adapter.digest`."""
     return _keras_state.digest(model, optimizer)
+
+
+def seed_local(model: Any, seed: int, rank: int) -> None:
+    """See `toolkit.adapters.Adapter.seed_local`."""
+    _ops.seed_random(_shared.framework_seed(seed, rank))
+    _keras_state.seed_random_layers(model, seed, rank)  # may make Keras' generator, from a draw of Python's
+    _shared.seed_python_and_numpy(seed)
+
+
+def export_local(model: Any) -> dict[str, np.ndarray]:
+    """See `toolkit.adapters.Adapter.export_local`.
+
+    Keras' random layers and `tf.random.Generator.from_…` are among it; what TensorFlow's operations with a
+    hidden state draw (`tf.random.normal`, `tf.image.random_flip…`) is not: use the `stateless_` ones.
+    """
+    return {**_keras_state.export_local(model), **_ops.export_random()}
+
+
+def import_local(model: Any, state: Mapping[str, np.ndarray]) -> None:
+    """See `toolkit.adapters.Adapter.import_local`."""
+    _shared.check_state_fits(state, export_local(model))
+    _keras_state.import_local(model, state)
+    _ops.import_random(state)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """See `toolkit.adapters.Adapter.describe`."""
+    return {"framework": "keras", **_keras_state.describe(model)}
 
 
 class BroadcastState(keras.callbacks.Callback):
@@ -171,7 +206,7 @@ class MetricAverage(keras.callbacks.Callback):
                     f"the metric variable {v.path} has aggregation={v.aggregation!r}: only sums add up over ranks."
                 )
         arrays = [np.asarray(keras.ops.convert_to_numpy(v), np.float64) for v in variables]
-        total = all_reduce_sum(np.concatenate([np.zeros(0), *(a.ravel() for a in arrays)]))
+        total = _ops.all_reduce_sum(np.concatenate([np.zeros(0), *(a.ravel() for a in arrays)]))
         parts = np.split(total, np.cumsum([a.size for a in arrays]))
         for v, a, part in zip(variables, arrays, parts, strict=False):
             v.assign(part.reshape(a.shape))
@@ -224,4 +259,4 @@ def _check_backend() -> None:
 
 def _require_started() -> None:
     _check_backend()
-    _shared.require_started(hvd)
+    _job.require_started(hvd)

@@ -15,22 +15,33 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from toolkit.adapters import _keras_optimizer, _keras_state, _shared, _tensorflow_ops
+from toolkit.adapters import _job, _keras_optimizer, _keras_state, _shared, _tensorflow_ops
+from toolkit.adapters._tensorflow_data import Loader as Loader
+from toolkit.adapters._tensorflow_data import tf_data as tf_data
 from toolkit.errors import UsageError
 from toolkit.world import World
 
 _names = (f"gradients{i}" for i in itertools.count())
 
 
-def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
+def start(
+    *,
+    seed: int = 0,
+    tune: bool = True,
+    verbose: bool = False,
+    deterministic: bool = False,
+    groups: int = 1,
+) -> World:
     """See `toolkit.adapters.Adapter.start`; comes before TensorFlow's first operation, which fixes its threads."""
-    _shared.end_job_on_exception(World())
+    _job.end_job_on_exception(World())
     if keras.backend.backend() != "tensorflow":
         raise UsageError(
             f"TensorFlow's optimizers are Keras', which runs on {keras.backend.backend()} here: "
             "set KERAS_BACKEND=tensorflow."
         )
-    here, choices = _shared.start_horovod(hvd, tune=tune, verbose=verbose)
+    here, choices = _job.start_horovod(hvd, tune=tune, verbose=verbose, deterministic=deterministic, groups=groups)
+    if deterministic:
+        _tensorflow_ops.be_deterministic()
     if choices.threads:
         _tensorflow_ops.set_threads(choices.threads)
     keras.utils.set_random_seed(seed)
@@ -40,7 +51,7 @@ def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
 
 def stop() -> None:
     """See `toolkit.adapters.Adapter.stop`."""
-    hvd.shutdown()
+    _job.stop_horovod(hvd, gather)
 
 
 def distribute(
@@ -57,7 +68,7 @@ def distribute(
     accumulation, loss scaling) act on the averaged gradients; a `LossScaleOptimizer` is distributed
     as a whole, so that an overflow on one rank makes all of them skip the step.
     """
-    _shared.require_started(hvd)
+    _job.require_started(hvd)
     _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
     if not isinstance(model, tf.Module | keras.Layer):
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model or tf.Module that is trained.")
@@ -66,21 +77,21 @@ def distribute(
 
 
 def broadcast_state(model: Any, optimizer: Any = None) -> None:
-    """See `toolkit.adapters.Adapter.broadcast_state`; states of Keras' random layers stay each rank's own."""
-    _shared.require_started(hvd)
-    _keras_state.broadcast_state(model, optimizer, hvd)
+    """See `toolkit.adapters.Adapter.broadcast_state`."""
+    _job.require_started(hvd)
+    _keras_state.broadcast_state(model, optimizer, hvd, _job.root_rank(), _job.process_set())
 
 
 def average(values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:
     """See `toolkit.adapters.Adapter.average`; called eagerly, not in a `tf.function`."""
-    _shared.require_started(hvd)
+    _job.require_started(hvd)
     return _shared.weighted_average(values, weight, _tensorflow_ops.all_reduce_sum)
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     """See `toolkit.adapters.Adapter.gather`; called eagerly, not in a `tf.function`."""
-    _shared.require_started(hvd)
-    return hvd.allgather_object(value, name="hvdkit.gather")
+    _job.require_started(hvd)
+    return _tensorflow_ops.gather(value, _job.process_set(all_groups))
 
 
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
@@ -96,3 +107,31 @@ def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) ->
 def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
     """See `toolkit.adapters.Adapter.digest`."""
     return _keras_state.digest(model, optimizer)
+
+
+def seed_local(model: Any, seed: int, rank: int) -> None:
+    """See `toolkit.adapters.Adapter.seed_local`."""
+    _tensorflow_ops.seed_random(_shared.framework_seed(seed, rank))
+    _keras_state.seed_random_layers(model, seed, rank)  # may make Keras' generator, from a draw of Python's
+    _shared.seed_python_and_numpy(seed)
+
+
+def export_local(model: Any) -> dict[str, np.ndarray]:
+    """See `toolkit.adapters.Adapter.export_local`.
+
+    Keras' random layers and `tf.random.Generator.from_…` are among it; what TensorFlow's operations with a
+    hidden state draw (`tf.random.normal`, `tf.image.random_flip…`) is not: use the `stateless_` ones.
+    """
+    return {**_keras_state.export_local(model), **_tensorflow_ops.export_random()}
+
+
+def import_local(model: Any, state: Mapping[str, np.ndarray]) -> None:
+    """See `toolkit.adapters.Adapter.import_local`."""
+    _shared.check_state_fits(state, export_local(model))
+    _keras_state.import_local(model, state)
+    _tensorflow_ops.import_random(state)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """See `toolkit.adapters.Adapter.describe`."""
+    return {"framework": "tensorflow", **_keras_state.describe(model)}

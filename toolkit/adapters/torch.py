@@ -10,7 +10,8 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from toolkit.adapters import _shared, _torch_ops, _torch_state
+from toolkit.adapters import _job, _shared, _torch_ops, _torch_state
+from toolkit.adapters._torch_data import Loader as Loader
 from toolkit.errors import UsageError
 from toolkit.world import World
 
@@ -18,9 +19,18 @@ _HOOK = "_hvdkit_hook"  # a parameter's attribute: the optimizer that averages i
 _names = (f"gradients{i}" for i in itertools.count())  # of collectives: the i-th distribute() on every rank
 
 
-def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
+def start(
+    *,
+    seed: int = 0,
+    tune: bool = True,
+    verbose: bool = False,
+    deterministic: bool = False,
+    groups: int = 1,
+) -> World:
     """See `toolkit.adapters.Adapter.start`."""
-    here, choices = _shared.start_horovod(hvd, tune=tune, verbose=verbose)
+    here, choices = _job.start_horovod(hvd, tune=tune, verbose=verbose, deterministic=deterministic, groups=groups)
+    if deterministic:
+        _torch_ops.be_deterministic()
     if choices.threads:
         torch.set_num_threads(choices.threads)
     torch.manual_seed(seed)
@@ -30,7 +40,7 @@ def start(*, seed: int = 0, tune: bool = True, verbose: bool = False) -> World:
 
 def stop() -> None:
     """See `toolkit.adapters.Adapter.stop`."""
-    hvd.shutdown()
+    _job.stop_horovod(hvd, gather)
 
 
 def distribute(
@@ -53,7 +63,7 @@ def distribute(
     Every rank makes the same calls of `backward()` and `step()`. With several optimizers under one
     `backward()`, it must reach each of them on every rank or on none.
     """
-    _shared.require_started(hvd)
+    _job.require_started(hvd)
     _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
     _check_optimizer(optimizer, model)
     if clip_norm is not None and _sparse_parameters(model):
@@ -117,6 +127,11 @@ class _Distributed(torch.optim.Optimizer):
         self._backward = -1  # the backward pass at whose end our callback is queued
         self._held: list[Any] = []
         self._hook_parameters()
+
+    @property
+    def passes_per_step(self) -> int:
+        """The `accumulation_steps` of `distribute`."""
+        return self._accumulation_steps
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -206,7 +221,8 @@ class _Distributed(torch.optim.Optimizer):
             if self._passes == 0:  # gradients that came by no backward pass
                 self._average(1)
             self._clip()
-            return hvd.allreduce(torch.as_tensor(loss).detach(), name="closure.loss", op=hvd.Average)
+            loss = torch.as_tensor(loss).detach()
+            return hvd.allreduce(loss, name="closure.loss", op=hvd.Average, process_set=_job.process_set())
 
         return averaged
 
@@ -244,20 +260,20 @@ class _Distributed(torch.optim.Optimizer):
 
 def broadcast_state(model: Any, optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.broadcast_state`."""
-    _shared.require_started(hvd)
+    _job.require_started(hvd)
     _torch_state.broadcast_state(model, optimizer)
 
 
 def average(values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:
     """See `toolkit.adapters.Adapter.average`."""
-    _shared.require_started(hvd)
+    _job.require_started(hvd)
     return _shared.weighted_average(values, weight, _torch_ops.all_reduce_sum)
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     """See `toolkit.adapters.Adapter.gather`."""
-    _shared.require_started(hvd)
-    return hvd.allgather_object(value, name="hvdkit.gather")
+    _job.require_started(hvd)
+    return _torch_ops.gather(value, _job.process_set(all_groups))
 
 
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
@@ -275,7 +291,32 @@ def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) ->
 
 
 def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
-    """See `toolkit.adapters.Adapter.digest`; BatchNorm's running statistics are left out."""
-    own = _torch_state.rank_local_names(model)
+    """See `toolkit.adapters.Adapter.digest`."""
+    own = _torch_state.statistics(model)
     state = export_state(model, optimizer)
     return _shared.digest_arrays({name: array for name, array in state.items() if name not in own})
+
+
+def seed_local(model: Any, seed: int, rank: int) -> None:
+    """See `toolkit.adapters.Adapter.seed_local`."""
+    _shared.seed_python_and_numpy(seed)
+    _torch_ops.seed_random(_shared.framework_seed(seed, rank))
+
+
+def export_local(model: Any) -> dict[str, np.ndarray]:
+    """See `toolkit.adapters.Adapter.export_local`; `torch.Generator` objects of one's own are not among it."""
+    return _torch_state.export_local(model)
+
+
+def import_local(model: Any, state: Mapping[str, np.ndarray]) -> None:
+    """See `toolkit.adapters.Adapter.import_local`."""
+    _torch_state.import_local(model, state)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """See `toolkit.adapters.Adapter.describe`."""
+    return {
+        "framework": "torch",
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        "bfloat16": _torch_state.widened(model),
+    }

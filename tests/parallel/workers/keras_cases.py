@@ -5,6 +5,7 @@ The reference is plain Keras on the whole batch, in the same process.
 
 import functools
 import json
+import random
 import sys
 import tempfile
 import warnings
@@ -335,18 +336,19 @@ def broadcast_covers_statistics_and_slots_but_no_random_states():
     model, optimizer = make(WORLD.rank), new_optimizer("Adam")
     fit(model, optimizer, MINE)  # each rank for itself
     assert not OTHERS or not equal_on_all_ranks(dp, model, optimizer)
-    mine_before = dp.export_state(model, optimizer)
+    before, local_before = dp.export_state(model, optimizer), dp.export_local(model)
     dp.broadcast_state(model, optimizer)
-    after = dp.export_state(model, optimizer)
-    first = dp.gather(mine_before)[0]
-    random = [name for name in after if "seed_generator" in name]
-    assert len(random) == 1 and "moving_mean" in str(list(after))
+    after, local_after = dp.export_state(model, optimizer), dp.export_local(model)
+    first = dp.gather(before)[0]
+    assert "moving_mean" in str(list(after)) and "seed_generator" not in str(list(after))
     for name, array in after.items():
-        assert (array == (mine_before if name in random else first)[name]).all(), name
+        assert (array == first[name]).all(), name
+    assert [n for n in local_before if "seed_generator" in n] == ["random/seed_generator/seed_generator_state"]
+    for name, array in local_after.items():
+        assert name.startswith("model/") or (array == local_before[name])[~np.isnan(array)].all(), name
     assert [n.split("/")[-1] for n in after if n.startswith("model/") and n not in dp.digest(model)] == [
         "moving_mean",
         "moving_variance",
-        "seed_generator_state",
     ]
     if WORLD.rank > 0:
         optimizer = new_optimizer("Adam")  # not built here, built on rank 0
@@ -527,6 +529,69 @@ def state_round_trips_by_stable_names():
         other, fresh = new_model(5), new_optimizer(name)
         dp.import_state(other, fresh, dp.export_state(model, optimizer))
         assert dp.digest(other, fresh) == dp.digest(model, optimizer), name
+
+
+@case
+def import_refuses_each_misfit_and_changes_nothing():
+    model, optimizer = distributed(new_optimizer("Adam"))
+    apply_steps(model, optimizer)
+    saved = dp.export_state(model, optimizer)
+    slot = "optimizer/dense/kernel/momentum"
+    misfits = {
+        "wrong shape deep in the optimizer": (saved | {slot: np.zeros((4, 6), "f4")}, slot),
+        "another dtype": (saved | {slot: saved[slot].astype("f8")}, slot),
+        "an array for a number": (saved | {"optimizer/iteration": np.zeros(2, "i4")}, "optimizer/iteration"),
+        "an extra tensor": (saved | {"optimizer/dense/kernel/more": np.zeros(3, "f4")}, "dense/kernel/more"),
+        "a tensor missing": ({n: a for n, a in saved.items() if n != slot}, f"{slot} is missing"),
+        "a model's tensor of another shape": (saved | {"model/dense/bias#2": np.zeros(3, "f4")}, "model/dense/bias#2"),
+    }
+    for name in ("SGD", "RMSprop", "Lion"):
+        other = distributed(new_optimizer(name))
+        apply_steps(*other)
+        misfits[name] = dp.export_state(*other), "is missing"
+    for what, (bad, named) in misfits.items():
+        for built in (False, True):
+            model, optimizer = distributed(new_optimizer("Adam"))
+            if built:
+                apply_steps(model, optimizer)
+            before = dp.digest(model, optimizer)
+            raises(lambda m=model, o=optimizer, b=bad: dp.import_state(m, o, b), named)
+            assert dp.digest(model, optimizer) == before and optimizer.built == built, (what, built)
+    for name in OPTIMIZERS:
+        if name not in ("Adam", "AdamW", "Lamb", "ScheduleFreeAdamW"):  # which keep state of the same names
+            model, optimizer = distributed(new_optimizer(name))
+            before = dp.digest(model, optimizer)
+            raises(lambda m=model, o=optimizer: dp.import_state(m, o, saved), "optimizer/")
+            assert dp.digest(model, optimizer) == before, name
+
+
+@case
+def what_ranks_keep_for_themselves_goes_on_where_it_was():
+    layers = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5), keras.layers.Dropout(0.5, seed=3)]
+    model = keras.Sequential([keras.Input((40,)), *layers])
+    x = np.ones((6, 40), "float32") * np.arange(6)[:, None]
+
+    def draw():
+        masks = keras.ops.convert_to_numpy(model(x, training=True)) == 0
+        return masks.tolist(), float(keras.random.normal(())), (np.random.normal(), random.gauss(0, 1))
+
+    dp.seed_local(model, 5, WORLD.rank)
+    first = draw()
+    others = dp.gather(first)
+    for rank, other in enumerate(others):
+        assert other[2] == first[2] and (rank == WORLD.rank or other[0] != first[0] and other[1] != first[1])
+    saved = dp.export_local(model)
+    assert {"model/batch_normalization/moving_mean", "random/keras", "random/python"} < set(saved)
+    ahead = [draw(), draw()]
+    bad = saved | {"random/keras": np.zeros(7)}
+    before = dp.export_local(model)
+    raises(lambda: dp.import_local(model, bad), "does not fit")
+    assert all(np.array_equal(a, before[n], equal_nan=a.dtype.kind == "f") for n, a in dp.export_local(model).items())
+    dp.import_local(model, saved)
+    assert [draw(), draw()] == ahead
+    dp.seed_local(model, 5, WORLD.rank)
+    again = draw()
+    assert again == first, [a == b for a, b in zip(again, first, strict=True)]
 
 
 @case

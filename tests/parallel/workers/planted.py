@@ -33,8 +33,8 @@ with Run(options, world, dp, model, optimizer, len(train)) as run:
             if BUG == "augmentation by rank":
                 x = (x + augmentation.normal(size=x.shape, scale=0.1)).astype(np.float32)
             if BUG == "same data on every rank":
-                part = run.sharding.part(run.sharding.order(run.epoch), 0)
-                x, y = train.x[part.indices][: len(x)], train.y[part.indices][: len(y)]
+                first = next(run.sharding.global_batches(run.epoch))
+                x, y = train.x[first][: len(x)], train.y[first][: len(y)]
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate() * (world.size if BUG == "rate scaled twice" else 1)
             optimizer.zero_grad()

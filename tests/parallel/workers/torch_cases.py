@@ -185,6 +185,118 @@ def import_refuses_what_does_not_fit_and_changes_nothing():
     assert dp.digest(model, optimizer) == before
 
 
+MISFITS = {
+    "wrong shape deep in the state": {"optimizer/state/first.bias/exp_avg": np.zeros(6, "f4")},
+    "a shape that only broadcasts over": {"optimizer/state/first.bias/exp_avg": np.zeros((5, 5), "f4")},
+    "another dtype": {"optimizer/state/first.bias/exp_avg": np.zeros(5, "f8")},
+    "an extra tensor": {"optimizer/state/first.bias/more": np.zeros(5, "f4")},
+    "a tensor missing of one parameter": {"optimizer/state/first.bias/exp_avg": None},
+    "an unknown parameter": {"optimizer/state/third.bias/exp_avg": np.zeros(5, "f4")},
+    "an array for a number": {"optimizer/group0/lr#": np.ones(3)},
+    "a tensor for a number": {"optimizer/group0/lr#": None, "optimizer/group0/lr": np.ones((), "f4")},
+    "a number for a switch": {"optimizer/group0/amsgrad#": np.asarray(0.5)},
+    "an option missing": {"optimizer/group0/eps#": None},
+    "another option": {"optimizer/group0/momentum#": np.asarray(0.9)},
+    "longer betas": {"optimizer/group0/betas[]#": np.asarray(3), "optimizer/group0/betas[2]#": np.asarray(0.9)},
+    "betas of a length that they have not": {"optimizer/group0/betas[]#": np.asarray(3)},
+    "one more group": {"optimizer/group2/lr#": np.asarray(0.1)},
+    "a group missing": {"optimizer/group1/": None},
+    "neither model nor optimizer": {"rank0/random/torch": np.zeros(3, "u1")},
+    "an optimizer's own part unknown": {"optimizer/more": np.zeros(3, "f4")},
+    "a model's tensor too": {"model/more": np.zeros(3, "f4")},
+}
+
+
+def grouped(seed=0):
+    torch.manual_seed(seed)
+    model = Net()
+    groups = [{"params": model.first.parameters()}, {"params": model.second.parameters(), "lr": 0.3}]
+    return model, dp.distribute(torch.optim.Adam(groups, lr=0.05), model)
+
+
+def changed(saved, changes):
+    removed = [name for name, array in changes.items() if array is None]
+    kept = {n: a for n, a in saved.items() if not any(n == r or (r[-1] == "/" and n.startswith(r)) for r in removed)}
+    return {**kept, **{name: array for name, array in changes.items() if array is not None}}
+
+
+@case
+def import_refuses_each_misfit_of_the_optimizer_and_changes_nothing():
+    model, optimizer = grouped()
+    train(model, optimizer, mine, steps=2)
+    saved = dp.export_state(model, optimizer)
+    for steps in (0, 1):  # an optimizer without state yet, and one that has its own
+        for what, changes in MISFITS.items():
+            model, optimizer = grouped(seed=5)
+            train(model, optimizer, mine, steps=steps)
+            before = dp.digest(model, optimizer)
+            bad = changed(saved, changes)
+            assert bad.keys() != saved.keys() or any(bad[n] is not saved[n] for n in bad), what
+            named = next(iter(changes)).rstrip("#/").removesuffix("[]")
+            raises(lambda m=model, o=optimizer, b=bad: dp.import_state(m, o, b), named)
+            assert dp.digest(model, optimizer) == before, what
+            dp.import_state(model, optimizer, saved)
+            assert not np.array_equal(dp.export_state(model)["model/first.bias"], np.zeros(5)), what
+
+
+@case
+def import_refuses_the_state_of_another_optimizer_and_changes_nothing():
+    alike = [kind for kind in OPTIMIZERS if kind not in (torch.optim.Muon, torch.optim.SparseAdam)]  # of one Net
+    for kind in alike:
+        model, optimizer = new(kind)
+        optimizer = dp.distribute(optimizer, model)
+        train(model, optimizer, mine, steps=1)
+        saved = dp.export_state(model, optimizer)
+        for other in alike:
+            if {kind, other} <= {torch.optim.Adam, torch.optim.AdamW}:
+                continue  # the same class but for the option decoupled_weight_decay, and options come from the state
+            for steps in (0, 1):
+                model, optimizer = new(other, seed=5)
+                optimizer = dp.distribute(optimizer, model)
+                train(model, optimizer, mine, steps=steps)
+                before = dp.digest(model, optimizer)
+                if other is kind:
+                    dp.import_state(model, optimizer, saved)
+                    assert dp.digest(model, optimizer) != before, kind
+                    continue
+                raises(lambda m=model, o=optimizer, s=saved: dp.import_state(m, o, s), "optimizer/group0/")
+                assert dp.digest(model, optimizer) == before, (kind, other)
+
+
+@case
+def import_takes_what_a_scheduler_notes_and_how_steps_are_computed():
+    model, optimizer = new(torch.optim.SGD, momentum=0.9, foreach=True)
+    optimizer = dp.distribute(optimizer, model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=9)
+    train(model, optimizer, mine, steps=2)
+    scheduler.step()
+    saved = dp.export_state(model, optimizer)
+    assert "optimizer/group0/initial_lr#" in saved and "optimizer/group0/foreach#" in saved
+    model, optimizer = new(torch.optim.SGD, momentum=0.9)
+    optimizer = dp.distribute(optimizer, model)
+    plain = dp.export_state(model, optimizer)
+    dp.import_state(model, optimizer, saved)
+    assert optimizer.param_groups[0]["lr"] == saved["optimizer/group0/lr#"] != plain["optimizer/group0/lr#"]
+    dp.import_state(model, optimizer, plain)
+
+
+@case
+def import_that_fails_in_the_end_puts_the_model_back():
+    class Own(torch.optim.SGD):
+        def load_state_dict(self, state_dict):
+            raise ValueError("not today")
+
+    model, optimizer = new(Own)
+    optimizer = dp.distribute(optimizer, model)
+    before, saved = dp.digest(model, optimizer), dp.export_state(Net(), None)
+    try:
+        dp.import_state(model, optimizer, {**dp.export_state(model, optimizer), **saved})
+    except ValueError:
+        assert dp.digest(model, optimizer) == before
+        return
+    raise AssertionError("no error")
+
+
 @case
 def broadcast_gives_rank_0s_bits():
     torch.manual_seed(WORLD.rank)

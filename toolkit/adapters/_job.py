@@ -1,0 +1,118 @@
+"""A worker's part in the job: Horovod's start, the group of workers it belongs to, and how failures end the job."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from horovod.common.process_sets import ProcessSet, global_process_set
+
+from toolkit import tuning, world
+from toolkit.errors import RunFailed, UsageError
+from toolkit.sharding import block
+from toolkit.tuning import Choices
+from toolkit.world import World
+
+_process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
+
+
+def process_set(everyone: bool = False) -> Any:
+    """The workers that a collective operation is about: this worker's group, or the whole job."""
+    return global_process_set if everyone else _process_sets.get("group", global_process_set)
+
+
+def root_rank() -> int:
+    """The rank within the whole job, as Horovod wants it, of the group's rank 0."""
+    group = _process_sets.get("group")
+    return group.ranks[0] if group else 0
+
+
+def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int) -> tuple[World, Choices]:
+    """Tune the environment, start Horovod and make this process's failures end the job.
+
+    Returns:
+        The world, and what tuning chose for the framework's threads.
+
+    Raises:
+        UsageError: the launcher started more workers than found each other, or fewer than groups.
+    """
+    launched = world.from_launcher()
+    end_job_on_exception(launched or World())
+    if launched is None:  # one worker needs no MPI, which would look for its daemon
+        os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
+        os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
+    size = launched.size if launched else 1
+    if not 1 <= groups <= size:
+        raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
+    choices = tuning.choose_environment() if tune else Choices()
+    if deterministic:
+        choices = tuning.with_determinism(choices)
+    os.environ.update(choices.environment)
+    if groups > 1:  # one that is done early waits for the others as long as it takes
+        os.environ.setdefault("HOROVOD_STALL_CHECK_DISABLE", "1")
+    sets = (
+        [ProcessSet(list(range(size)[block(size, group, groups)])) for group in range(groups)] if groups > 1 else None
+    )
+    hvd.init(process_sets=sets)
+    here = world.from_horovod(hvd)
+    if launched is not None and launched.size != here.size:
+        raise UsageError(
+            f"the launcher started {launched.size} workers, but Horovod found {here.size}: "
+            "start them with the mpirun or horovodrun of the MPI that Horovod was built with."
+        )
+    if sets:
+        number = next(i for i, ranks in enumerate(sets) if ranks.included())
+        _process_sets["group"] = sets[number]
+        here = replace(here, rank=sets[number].rank(), size=sets[number].size(), group=number, groups=groups)
+    end_job_on_exception(here)
+    choices = tuning.with_threads(choices, here.local_size) if tune else choices
+    if verbose and here.rank == here.group == 0:
+        print(choices.explain(), flush=True)
+    return here, choices
+
+
+def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:
+    """Leave the job; groups leave together, as the first to leave ends the others' operations."""
+    if _process_sets and hvd.is_initialized():
+        gather(None, all_groups=True)
+    hvd.shutdown()
+
+
+def require_started(hvd: Any) -> None:
+    """Raise `UsageError` where `start()` was not called yet."""
+    if not hvd.is_initialized():
+        raise UsageError("Horovod is not started: call start() once before any other function of the adapter.")
+
+
+def end_job_on_exception(here: World) -> None:
+    """Make an uncaught exception in this process end the whole job, naming this rank.
+
+    The process leaves without Horovod's and MPI's shutdown, which would wait for the other ranks;
+    its exit code makes the launcher end those.
+    """
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, UsageError | RunFailed):
+            if here.rank > 0 or here.group > 0:
+                # What all ranks share is told once: rank 0's exit ends the others in this time.
+                time.sleep(5)
+            prefix = f"[{here.name}] " if here.rank > 0 or here.groups > 1 else ""
+            print(f"{prefix}error: {error}", file=sys.stderr)
+            code = 2 if issubclass(kind, UsageError) else 1
+        else:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            if here.size > 1 or here.groups > 1:
+                text += f"[{here.name}] this worker failed with the error above, which ends the job.\n"
+            sys.stderr.write(text)
+            code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    sys.excepthook = excepthook

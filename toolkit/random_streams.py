@@ -1,0 +1,32 @@
+"""Random numbers for preparing and augmenting samples, that depend on sample and epoch, not on rank.
+
+Whichever worker prepares a sample, in whichever batch, process or thread, before or after a resume:
+it draws the same numbers. So N workers see what one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random stream of one sample in one epoch.
+
+    Streams of different samples, epochs and seeds do not overlap: they are disjoint ranges of the
+    counter of Philox (Salmon et al. 2011, doi:10.1145/2063384.2063405) under different keys.
+
+    Args:
+        seed: the run's, 0 … 2⁶⁴ − 1.
+        epoch: from 0.
+        index: the sample's, from 0.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, index, 0, 0]))
+
+
+def sample_seeds(seed: int, epoch: int, indices: Iterable[int]) -> np.ndarray:
+    """A seed for each sample, for generators that are not numpy's: uint64, shape (n,)."""
+    return np.array(
+        [np.random.Philox(key=[seed, epoch], counter=[0, index, 1, 0]).random_raw() for index in indices], np.uint64
+    )
