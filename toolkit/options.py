@@ -76,6 +76,9 @@ class RunOptions:
         minimum=0,
     )
     audit: bool = option(False, "count after each epoch that every sample was used once")
+    on_nan: str = option(
+        "stop", "where a gradient or loss is not finite: end the run, or skip the step", choices=("stop", "skip")
+    )
     deterministic: bool = option(
         False, "runs repeat to the bit with more than two workers too, whatever is reduced at the same time"
     )

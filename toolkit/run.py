@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +22,7 @@ from toolkit.options import RunOptions
 from toolkit.progress import Progress
 from toolkit.random_streams import sample_generator
 from toolkit.sharding import Part, Sharding
+from toolkit.stopping import Signals, resume_command
 from toolkit.sync import SyncCheck
 from toolkit.world import World
 
@@ -38,6 +41,7 @@ _FREE_OPTIONS = [
     "max_steps",
     "check_sync",
     "audit",
+    "on_nan",
     "fold_groups",
     "deterministic",
     "no_tuning",
@@ -77,7 +81,22 @@ class _Position:
     epoch: int = 0
     step: int = 0
     step_in_epoch: int = 0
-    loss_sum: float = 0.0  # over the steps of the unfinished epoch
+    loss_sum: float = 0.0  # over the steps of the unfinished epoch, but for the next
+    not_finite: int = 0  # steps of the unfinished epoch whose loss or gradients were not finite
+
+
+class _Word(NamedTuple):
+    """What one rank has to tell the others.
+
+    Attributes:
+        name: the rank's.
+        asked: to stop: a signal's number, or 0 for `Run.stop`; None: not.
+        trouble: which of its numbers are not finite; "": none.
+    """
+
+    name: str
+    asked: int | None
+    trouble: str
 
 
 class Run:
@@ -140,6 +159,13 @@ class Run:
         self._reference = min(options.batch_size or options.global_batch_size, samples)  # the rate is for this batch
         self._extra = dict(extra or {})
         self._stopped = self._save_is_due = False
+        self._signals = Signals()
+        self._asked_by_script = False
+        self._stopping: _Word | None = None  # by whom all ranks know that the run is to stop
+        self._trouble = ""  # a loss that was not finite, not told yet
+        self._heard: tuple[bool, str | None] = False, None  # what came with the gradients and was not acted on yet
+        if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
+            raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
         self._writer = checkpoint.Writer()
 
     @property
@@ -154,14 +180,28 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs, or `--max-steps`, are done, or `stop` was called."""
+        """Whether all epochs, or `--max-steps`, are done, or the ranks have agreed to stop."""
         most = self.options.max_steps
         return self._stopped or self.epoch >= self.options.epochs or (most is not None and self.step >= most)
 
     def stop(self) -> None:
-        """End the run here, with a checkpoint; all ranks call it, between steps or epochs."""
-        self._stopped = True
-        self.save()
+        """Ask for the run's end; one rank is enough. All ranks stop together, with a checkpoint, after a next step.
+
+        The loop goes on until `finished`: between epochs no step is taken any more, else one or two are.
+        """
+        self._asked_by_script = True
+        self._exchange()  # so that the next step's gradients take it along
+
+    def agree_to_stop(self) -> None:
+        """Stop where any rank asked for it or got a signal; every rank calls it, between epochs.
+
+        Raises:
+            SystemExit: a rank got SIGTERM or SIGINT; on every rank, after the checkpoint is written.
+            RunFailed: with `--on-nan stop`: a rank's last loss was not finite; on every rank.
+        """
+        if not self.finished:
+            self._hear(None)
+            self._stop_if_asked()
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()
@@ -184,14 +224,19 @@ class Run:
             self.check_sync()
         if self.options.max_steps == 0:
             self.save()
+        self._exchange()
+        self._heard = False, None
+        self._signals.install()
         self._epoch_began = time.perf_counter()
         return self
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left; the loop's body ends with `end_epoch`."""
+        self.agree_to_stop()
         while not self.finished:
             number = self.epoch
             yield number
+            self.agree_to_stop()
             if self.epoch == number and not self.finished:
                 raise RuntimeError(
                     "the epoch was not ended: take all of its batches and call run.end_epoch() once after them, "
@@ -258,13 +303,21 @@ class Run:
         part, self._part = part or self._part, None
         if self._audit and part is not None and part.weight:
             self._audit.note(part.indices)
-        self._losses.append(loss.detach() if hasattr(loss, "detach") else loss)
+        loss = float(loss.detach() if hasattr(loss, "detach") else loss)
+        self._losses.append(loss)
+        if not math.isfinite(loss):
+            self._trouble = f"loss {loss} in step {self.step + 1}"
+        self._exchange()
+        (heard, broken), self._heard = self._heard, (False, None)
+        if heard or broken is not None:
+            self._hear(broken)
         if len(self._losses) < self.options.accumulation_steps:
             return
         rate = self.learning_rate()
         self._at.step += 1
         self._at.step_in_epoch += 1
-        self._rows.append({"epoch": self.epoch + 1, "step": self.step, "learning_rate": rate, "loss": self._losses})
+        row = {"epoch": self.epoch + 1, "step": self.step, "learning_rate": rate, "loss": self._losses}
+        self._rows.append(row if broken is None else {**row, "skipped": True})
         self._losses = []
         self.progress.advance(self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
@@ -273,6 +326,7 @@ class Run:
             self.check_sync()
         # An epoch's last step is saved by end_epoch, as the begin of the next epoch; others at once, before an
         # evaluation that the uninterrupted run does not have here can draw random numbers.
+        self._stop_if_asked()
         if self.steps_left_in_epoch > 0 and (self.finished or self._saves_after(self.step)):
             self.save()
 
@@ -304,7 +358,8 @@ class Run:
             return {}
         if self._audit:
             self.progress.line(self._audit.end_epoch(self.epoch + 1))
-        loss = self._at.loss_sum / self.sharding.steps_per_epoch
+        not_finite = self._at.not_finite
+        loss = self._at.loss_sum / max(1, self.sharding.steps_per_epoch - not_finite)
         self._at = _Position(self.epoch + 1, self.step)
         seconds = time.perf_counter() - self._epoch_began
         self._epoch_began = time.perf_counter()
@@ -314,12 +369,14 @@ class Run:
             "train_loss": loss,
             **metrics,
             "seconds": round(seconds, 4),
+            **({"not_finite": not_finite} if not_finite else {}),
         }
         self._write_row("epoch", row)
         if self.finished or self.epoch % self.options.print_every == 0:
             shown = {"loss": loss, **metrics}
             text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
-            self.progress.line(f"epoch {self.epoch}/{self.options.epochs}  {text}  {seconds:.2f} s")
+            less = f"; {not_finite} step(s) were not finite" if not_finite else ""
+            self.progress.line(f"epoch {self.epoch}/{self.options.epochs}  {text}  {seconds:.2f} s{less}")
         due = self._saves_after(self.step) or self._save_is_due
         if self.finished or self.epoch % self.options.checkpoint_every == 0 or due:
             self.save()
@@ -387,13 +444,70 @@ class Run:
         local = np.array([np.mean([float(loss) for loss in row["loss"]]) for row in self._rows])
         losses = self.adapter.average({"loss": local})["loss"]
         for row, loss in zip(self._rows, losses, strict=True):  # type: ignore[arg-type]
-            self._at.loss_sum += float(loss)
+            finite = math.isfinite(loss) and "skipped" not in row
+            self._at.loss_sum += float(loss) if finite else 0.0
+            self._at.not_finite += not finite
             self._write_row("step", {**row, "loss": float(loss)})
         self._rows = []
 
     def _write_row(self, kind: str, row: dict[str, Any]) -> None:
         if self.world.rank == 0:
-            self._metrics.write(kind, row)
+            # JSON has no NaN.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self._metrics.write(kind, finite)
+
+    @property
+    def _asked(self) -> int | None:
+        """A signal's number, 0 for the script's own `stop`, None where this rank was not asked to stop."""
+        return 0 if self._signals.received is None and self._asked_by_script else self._signals.received
+
+    def _exchange(self) -> None:
+        """Have the coming gradients say whether this rank has something to tell; note what the last ones said."""
+        heard, broken = self.adapter.exchange_flag(bool(self._trouble) or self._asked is not None)
+        self._heard = self._heard[0] or heard, broken if self._heard[1] is None else self._heard[1]
+
+    def _hear(self, broken: str | None) -> None:
+        """Tell each other what the flag or a step that was left out is about; every rank comes here."""
+        gradient = f"gradient of {broken} not finite in step {self.step + 1}" if broken else ""
+        mine = _Word(self.world.name, self._asked, ", ".join(filter(None, [self._trouble, gradient])))
+        words = self.adapter.gather(mine)
+        self._trouble = ""
+        asked = [word for word in words if word.asked is not None]
+        self._stopping = max(asked, key=lambda word: word.asked or 0, default=None)
+        first = next((word for word in words if word.trouble), None)
+        if first is None:
+            return
+        what = f"{first.name}: {first.trouble}"
+        if self.options.on_nan == "stop":
+            raise RunFailed(
+                f"{what}: look at the data and the learning rate, or leave out steps of such gradients with "
+                "--on-nan skip."
+            )
+        self.progress.line(f"warning: {what}: {'step left out' if broken is not None else 'its gradients were finite'}")
+
+    def _stop_if_asked(self) -> None:
+        """Where the ranks know of a wish to stop: a checkpoint, a message, and for a signal the end."""
+        if self._stopping is None:
+            return
+        number, by = self._stopping.asked, self._stopping.name
+        self._stopped = True
+        if not number:
+            self._stopping = None
+            self.progress.line(f"stopped early by {by} after step {self.step}")
+        if self.epoch >= self.options.epochs:
+            return  # it is complete
+        self.save()
+        if not number or self._save_is_due:
+            return  # of an epoch's last step end_epoch saves the state, and agree_to_stop comes back here
+        if self.world.rank == 0:
+            self._wait_for_writer()
+        self.adapter.gather(None)  # no rank leaves while rank 0 writes
+        self.progress.line(
+            f"stopped by {signal.Signals(number).name} on {by} after step {self.step}; to go on: "
+            f"{resume_command(self.directory, self.world.size)}"
+        )
+        self.adapter.stop()
+        raise SystemExit(128 + number)
 
     def _agree_on_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
         """Rank 0 finds the output directory and what to resume; every rank gets its answer, and its own state."""

@@ -112,6 +112,20 @@ class Adapter(Protocol):
             all_groups: over the whole job, where `start` cut it into groups.
         """
 
+    def exchange_flag(self, flag: bool) -> tuple[bool, str | None]:
+        """Tell the other ranks something at no cost: a flag that travels with the gradients.
+
+        From the first call on, a step whose averaged gradients are not finite is left out, on all ranks alike.
+
+        Args:
+            flag: goes along with every averaging of gradients until the next call.
+
+        Returns:
+            (heard, broken): whether any rank's flag was up in an averaging since the last call, the same on every
+            rank; and None, or, where a step was left out since then, the name of the first of this rank's
+            gradients that was not finite ("" where only other ranks had one).
+        """
+
     def export_state(self, model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
         """Copies of the model's parameters and buffers and of the optimizer's state, by stable names.
 

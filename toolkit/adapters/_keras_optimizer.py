@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -23,7 +23,7 @@ _LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
 def distribute(
     optimizer: Any,
     model: Any,
-    average: Callable[[list[Any], list[Any]], list[Any]],
+    average: Any,
     accumulation_steps: int,
     clip_norm: float | None,
 ) -> Any:
@@ -32,7 +32,7 @@ def distribute(
     Args:
         optimizer: an instance of a `keras.optimizers.Optimizer`.
         model: the model that it trains; a Keras model is kept from compiling its train step with XLA.
-        average: from gradients and their variables to the gradients' means over all ranks.
+        average: the backend's `GradientAverager`.
         accumulation_steps: goes to `gradient_accumulation_steps` where it is above 1.
         clip_norm: goes to `global_clipnorm` where it is not None.
 
@@ -44,7 +44,7 @@ def distribute(
         _keep_from_xla(model)
     _set_options(optimizer, accumulation_steps, clip_norm)
     kind = type(optimizer)
-    members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_average": staticmethod(average)}
+    members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_average": average}
     distributed = type(kind.__name__, (_Distributed, kind), members)
     if kind in GLOBAL_CUSTOM_NAMES:  # saved by this name, which goes on meaning the plain class
         GLOBAL_CUSTOM_NAMES[distributed] = GLOBAL_CUSTOM_NAMES[kind]
@@ -71,7 +71,9 @@ def require_distributed(model: Any) -> None:
 class _Distributed:
     """Mixed in before an optimizer's own class by `distribute`; has no constructor of its own."""
 
-    _average: Callable[[list[Any], list[Any]], list[Any]]
+    _average: Any
+    built: bool
+    name: str
     _trainable_variables: list[Any]
 
     @property
@@ -88,7 +90,14 @@ class _Distributed:
             raise UsageError(f"apply() was given {len(grads)} gradients for {len(variables)} variables.")
         if not grads:
             return None
-        return super().apply(self._average(grads, variables), variables)  # type: ignore[misc]
+        means = self._average(grads, variables)
+        apply = partial(super().apply, means, variables)  # type: ignore[misc]
+        if isinstance(self, _LossScaleOptimizer):  # which leaves out such steps by itself
+            return apply()
+        if not self.built:  # variables can't be made where it is undecided whether the step is taken
+            with keras.name_scope(self.name, caller=self):
+                self.build(variables)  # type: ignore[attr-defined]
+        return self._average.unless_broken(means, grads, variables, apply)
 
     def stateless_apply(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a function without side effects has no place for a collective operation."""

@@ -118,8 +118,9 @@ class RunCallback(keras.callbacks.Callback):
 
     Put it after `MetricAverage`, whose averages it logs. The `loss` of the epoch's logs becomes
     the mean over the epoch's global batches. Metrics that Keras keeps over the training batches of an
-    epoch, such as `accuracy`, count from where a run was resumed; those of validation are whole. An early stop
-    (`model.stop_training`, the same on all ranks) ends the run. `--audit` counts the samples that the run had this
+    epoch, such as `accuracy`, count from where a run was resumed; those of validation are whole. Put it last: an
+    early stop (`model.stop_training`) by a callback before it, on one rank or more, ends the run on all of them; one
+    by a callback after it must be the same on all ranks. `--audit` counts the samples that the run had this
     rank take, in the order of `fit`'s batches.
 
     Args:
@@ -146,6 +147,8 @@ class RunCallback(keras.callbacks.Callback):
                 f"the model is compiled with steps_per_execution={self.model.steps_per_execution}: "
                 "the run counts and logs every step, so leave it at 1."
             )
+        self._run.agree_to_stop()
+        self.model.stop_training = self._run.finished
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Take up the epoch that the run is in."""
@@ -173,8 +176,7 @@ class RunCallback(keras.callbacks.Callback):
         self._run.log(loss=(logs or {})["loss"], part=next(self._parts))
         if self._run.finished or self._run.steps_left_in_epoch == 0:
             self._random = export_random()
-        if self._run.finished:
-            self.model.stop_training = True
+        self._take_over_stop()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """End the run's epoch with the metrics asked for."""
@@ -187,6 +189,9 @@ class RunCallback(keras.callbacks.Callback):
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         if getattr(optimizer, "use_ema", False):
             self._weights = self._copies()
+        self._take_over_stop()
+        self._run.agree_to_stop()
+        self.model.stop_training = self._run.finished
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Take an early stop over for the run; where training goes on, undo what `fit` does to weights at its end."""
@@ -194,9 +199,16 @@ class RunCallback(keras.callbacks.Callback):
             return
         averaged = self._copies() if self._weights else []
         self._assign(self._weights)  # with EMA, fit() has just overwritten the weights with their averages
-        if self.model.stop_training:
+        if self.model.stop_training:  # by a callback after this one
             self._run.stop()
+            self._run.agree_to_stop()
             self._assign(averaged)
+
+    def _take_over_stop(self) -> None:
+        """Make what a callback of this rank decided a wish, which all ranks follow together."""
+        if self.model.stop_training and not self._run.finished:
+            self._run.stop()
+        self.model.stop_training = self._run.finished
 
     def _copies(self) -> list[np.ndarray]:
         return [np.array(keras.ops.convert_to_numpy(v)) for v in self.model.trainable_variables]

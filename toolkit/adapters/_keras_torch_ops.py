@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from toolkit.adapters._torch_ops import (
     all_reduce_sum,
     average_gradients,
     be_deterministic,
+    exchange_flag,
     export_random,
+    first_broken,
     gather,
     import_random,
+    leave_out,
     seed_random,
 )
 
@@ -21,6 +24,7 @@ __all__ = [
     "GradientAverager",
     "all_reduce_sum",
     "be_deterministic",
+    "exchange_flag",
     "export_random",
     "gather",
     "import_random",
@@ -48,3 +52,15 @@ class GradientAverager:
         """The mean of each gradient over all ranks."""
         parameters = [v.value for v in variables]
         return list(average_gradients(gradients, parameters, compression=self._compression, name=self._name))
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def unless_broken(
+        self, means: list[Any], gradients: Sequence[Any], variables: Sequence[Any], apply: Callable[[], Any]
+    ) -> None:
+        """Call `apply`, or note that the step is left out because a mean is not finite."""
+        broken = first_broken(means, gradients, [v.path for v in variables])
+        if broken is None:
+            apply()
+        else:
+            leave_out(broken)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -60,6 +60,41 @@ def import_random(state: Mapping[str, np.ndarray]) -> None:
     tf.random.get_global_generator().state.assign(state["random/tensorflow"])
 
 
+class _Exchange:
+    """What travels beside the gradients; see `exchange_flag`. Made by the first averager: it holds variables."""
+
+    def __init__(self) -> None:
+        self.flag = tf.Variable(0.0, trainable=False)
+        self.heard = tf.Variable(0.0, trainable=False)
+        self.broken = tf.Variable(_WHOLE, trainable=False)  # one of the two below, or the place of a name
+        self.guarded = tf.Variable(False, trainable=False)
+        self.names: list[str] = []
+
+
+_WHOLE, _ELSEWHERE = -2, -1
+_exchanges: list[_Exchange] = []  # one, once it is made
+
+
+def _exchange() -> _Exchange:
+    if not _exchanges:
+        with tf.init_scope():
+            _exchanges.append(_Exchange())
+    return _exchanges[0]
+
+
+def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+    """See `toolkit.adapters.Adapter.exchange_flag`."""
+    exchange = _exchange()
+    heard, place = exchange.heard.numpy() > 0, int(exchange.broken.numpy())
+    exchange.flag.assign(float(flag))
+    if heard:
+        exchange.heard.assign(0.0)
+    if place != _WHOLE:
+        exchange.broken.assign(_WHOLE)
+    exchange.guarded.assign(True)
+    return bool(heard), None if place == _WHOLE else "" if place == _ELSEWHERE else exchange.names[place]
+
+
 class GradientAverager:
     """Averages gradients over all ranks, in and outside `tf.function`.
 
@@ -73,6 +108,7 @@ class GradientAverager:
         self._name = name
         self._compression = compression
         self._agreed: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
+        self._places: dict[tuple[int, ...], int] = {}  # of the variables' names among all
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient (dense tensor, `tf.IndexedSlices` or None) over all ranks."""
@@ -84,15 +120,45 @@ class GradientAverager:
                 means[i] = self._average_sparse(gradients[i], variables[i], f"{self._name}.sparse{i}")
             elif kind == _DENSE:
                 dense.setdefault(self._wire_dtype(variables[i]), []).append(i)
+        exchange = _exchange()
+        if not any(dtype.is_floating for dtype in dense):
+            dense[tf.float32] = []
+        carrier = next(dtype for dtype in dense if dtype.is_floating)
         for dtype, indices in dense.items():  # a group holds one dtype
             packed = [tf.cast(_to_dense(gradients[i], variables[i]), dtype) for i in indices]
+            if dtype == carrier:
+                packed.append(tf.cast(exchange.flag, dtype))
             name = f"{self._name}.{dtype.name}"
             reduced = hvd.grouped_allreduce(
                 packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=_job.process_set()
             )
+            if dtype == carrier:
+                exchange.heard.assign_add(tf.cast(reduced.pop(), tf.float32))
             for i, mean in zip(indices, reduced, strict=True):
                 means[i] = tf.cast(mean, variables[i].dtype)
         return means
+
+    def unless_broken(
+        self, means: Sequence[Any], gradients: Sequence[Any], variables: Sequence[Any], apply: Callable[[], Any]
+    ) -> None:
+        """Call `apply`, or note that the step is left out because a mean is not finite."""
+        exchange = _exchange()
+        taken = _are_finite(means) | ~exchange.guarded
+        key = tuple(id(v) for v in variables)
+        if key not in self._places:
+            self._places[key] = len(exchange.names)
+            exchange.names += [getattr(v, "path", v.name) for v in variables]
+
+        def leave_out() -> None:
+            finite = tf.stack([_are_finite([g]) for g in gradients])
+            first = self._places[key] + tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32)
+            place = tf.where(tf.reduce_all(finite), _ELSEWHERE, first)
+            exchange.broken.assign(tf.where(exchange.broken == _WHOLE, place, exchange.broken))
+
+        if tf.executing_eagerly():
+            apply() if taken else leave_out()
+        else:
+            tf.cond(taken, apply, leave_out)
 
     def _kinds(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[int]:
         local = [_MISSING if g is None else _SPARSE if isinstance(g, tf.IndexedSlices) else _DENSE for g in gradients]
@@ -140,6 +206,18 @@ class GradientAverager:
         return tf.IndexedSlices(
             tf.cast(values, variable.dtype), indices, dense_shape=tf.constant(list(variable.shape), tf.int64)
         )
+
+
+def _are_finite(tensors: Sequence[Any]) -> Any:
+    values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in tensors if t is not None]
+    values = [v for v in values if v.dtype.is_floating]
+    # A sum is finite only where every element is, and costs less than looking at each.
+    sums = tf.stack([tf.reduce_sum(tf.cast(v, tf.float32)) for v in values] or [0.0])
+    return tf.cond(
+        tf.reduce_all(tf.math.is_finite(sums)),
+        lambda: True,
+        lambda: tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in values])),
+    )
 
 
 def _to_dense(gradient: Any, variable: Any) -> tf.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import horovod.torch as hvd
@@ -13,6 +14,51 @@ import torch
 from toolkit.adapters import _job
 
 COMPRESSORS = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
+
+
+@dataclass
+class _Exchange:
+    """What travels beside the gradients; see `exchange_flag`."""
+
+    flag: bool = False
+    heard: bool = False
+    broken: str | None = None
+    guarded: bool = False
+
+
+_exchange = _Exchange()
+
+
+def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+    """See `toolkit.adapters.Adapter.exchange_flag`."""
+    heard, broken = _exchange.heard, _exchange.broken
+    _exchange.flag, _exchange.heard, _exchange.broken, _exchange.guarded = flag, False, None, True
+    return heard, broken
+
+
+def first_broken(
+    means: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None], names: Sequence[str]
+) -> str | None:
+    """None where the means over all ranks are finite, or nobody asks; else this rank's first that is not, or ""."""
+    if not _exchange.guarded or _are_finite(means):
+        return None
+    return next((name for name, g in zip(names, gradients, strict=True) if not _are_finite([g])), "")
+
+
+def leave_out(broken: str) -> None:
+    """Note that a step was left out, with what `first_broken` gave."""
+    if _exchange.broken is None:
+        _exchange.broken = broken
+
+
+def _are_finite(tensors: Sequence[torch.Tensor | None]) -> bool:
+    values = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+    if not values:
+        return True
+    # A sum is finite only where every element is; it takes a tenth of the time of looking at each.
+    if torch.stack([v.sum() for v in values]).isfinite().all():
+        return True
+    return all(bool(v.isfinite().all()) for v in values)
 
 
 def average_gradients(
@@ -26,7 +72,7 @@ def average_gradients(
     """The mean of each gradient over all ranks.
 
     A gradient missing (None) on some ranks counts as zero there; one missing on every rank stays None.
-    Which are missing travels in the same grouped all-reduce, as one more small tensor.
+    Which are missing travels in the same grouped all-reduce, as one more small tensor, and the rank's flag with it.
 
     Args:
         gradients: one per parameter, of its shape; bfloat16, which Horovod lacks, travels as float32.
@@ -38,7 +84,8 @@ def average_gradients(
     if not parameters:
         return []
     sparse = sparse or [False] * len(parameters)
-    present = torch.tensor([g is not None for g in gradients], dtype=torch.float32, device=parameters[0].device)
+    said = [*(g is not None for g in gradients), _exchange.flag]
+    present = torch.tensor(said, dtype=torch.float32, device=parameters[0].device)
     dense = [
         _wire(torch.zeros_like(p) if g is None else g.to_dense())
         for g, p, is_sparse in zip(gradients, parameters, sparse, strict=True)
@@ -47,7 +94,8 @@ def average_gradients(
     packed = [COMPRESSORS[compression].compress(g) for g in dense]
     tensors = [present, *(tensor for tensor, _ in packed)]
     reduced = hvd.grouped_allreduce(tensors, name=name, op=hvd.Average, process_set=_job.process_set())
-    present = reduced[0]
+    *present, heard = reduced[0].tolist()
+    _exchange.heard |= heard > 0
     dense_means = iter(
         COMPRESSORS[compression].decompress(tensor, context)
         for tensor, (_, context) in zip(reduced[1:], packed, strict=True)

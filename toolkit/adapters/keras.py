@@ -107,6 +107,11 @@ def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     return _ops.gather(value, _job.process_set(all_groups))
 
 
+def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+    """See `toolkit.adapters.Adapter.exchange_flag`; a `LossScaleOptimizer` sees to gradients that are not finite."""
+    return _ops.exchange_flag(flag)
+
+
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_state`; the same names on both backends."""
     return _keras_state.export_state(model, optimizer)

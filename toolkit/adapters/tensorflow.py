@@ -94,6 +94,11 @@ def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     return _tensorflow_ops.gather(value, _job.process_set(all_groups))
 
 
+def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+    """See `toolkit.adapters.Adapter.exchange_flag`; a `LossScaleOptimizer` sees to gradients that are not finite."""
+    return _tensorflow_ops.exchange_flag(flag)
+
+
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_state`; names as in the keras adapter."""
     return _keras_state.export_state(model, optimizer)

@@ -12,7 +12,7 @@ import torch
 
 from toolkit.adapters import _job, _shared, _torch_ops, _torch_state
 from toolkit.adapters._torch_data import Loader as Loader
-from toolkit.errors import UsageError
+from toolkit.errors import RunFailed, UsageError
 from toolkit.world import World
 
 _HOOK = "_hvdkit_hook"  # a parameter's attribute: the optimizer that averages its gradient, and the hook
@@ -126,6 +126,7 @@ class _Distributed(torch.optim.Optimizer):
         self._passes_at_step = 0  # and how many of them the latest step() knew
         self._backward = -1  # the backward pass at whose end our callback is queued
         self._held: list[Any] = []
+        self._broken: str | None = None  # where the averaged gradients are not finite: the first of this rank's
         self._hook_parameters()
 
     @property
@@ -171,13 +172,15 @@ class _Distributed(torch.optim.Optimizer):
                 "gradients were cleared between accumulated passes: clear them by the optimizer's zero_grad()."
             )
         self._held = []
+        gradients = [p.grad for p in parameters]
         means = _torch_ops.average_gradients(
-            [p.grad for p in parameters],
+            gradients,
             parameters,
             sparse=[id(p) in self._sparse for p in parameters],
             compression=self._compression,
             name=self._collective,
         )
+        self._broken = _torch_ops.first_broken(means, gradients, [self._names[id(p)] for p in parameters])
         for p, mean in zip(parameters, means, strict=True):
             p.grad = mean if mean is None or passes == 1 else mean / passes
 
@@ -195,8 +198,12 @@ class _Distributed(torch.optim.Optimizer):
                 self._passes_at_step = self._passes
                 self._held = [p.grad for p in self._parameters()]
                 return None
-            self._clip()
-            result = super().step()
+            if self._broken is not None and getattr(self, "found_inf", None) is None:  # which is GradScaler's matter
+                _torch_ops.leave_out(self._broken)
+                result = None
+            else:
+                self._clip()
+                result = super().step()
         self._passes = self._passes_at_step = 0
         return result
 
@@ -220,6 +227,10 @@ class _Distributed(torch.optim.Optimizer):
                 loss = closure()
             if self._passes == 0:  # gradients that came by no backward pass
                 self._average(1)
+            if self._broken is not None:
+                raise RunFailed(
+                    "the gradients of a closure are not finite, and a step with a closure can't be left out."
+                )
             self._clip()
             loss = torch.as_tensor(loss).detach()
             return hvd.allreduce(loss, name="closure.loss", op=hvd.Average, process_set=_job.process_set())
@@ -274,6 +285,11 @@ def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     """See `toolkit.adapters.Adapter.gather`."""
     _job.require_started(hvd)
     return _torch_ops.gather(value, _job.process_set(all_groups))
+
+
+def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+    """See `toolkit.adapters.Adapter.exchange_flag`; under a GradScaler a gradient that is not finite is its matter."""
+    return _torch_ops.exchange_flag(flag)
 
 
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:

@@ -1,0 +1,192 @@
+"""Numbers that are not finite on one rank, and one rank's wish to stop: what all ranks make of it.
+
+Arguments: the adapter's name, and a directory. A linear model without bias is trained by SGD, so that numpy can
+do the same steps.
+"""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from toolkit import checkpoint
+from toolkit.datasets import Split
+from toolkit.errors import RunFailed
+from toolkit.options import RunOptions
+from toolkit.output import read_metrics
+from toolkit.run import Run
+from toolkit.sharding import Sharding
+
+framework, base = sys.argv[1], Path(sys.argv[2])
+dp = importlib.import_module(f"toolkit.adapters.{framework}")
+world = dp.start()
+rng = np.random.default_rng(0)
+X, Y = rng.normal(size=(64, 3)).astype(np.float32), rng.normal(size=(64, 1)).astype(np.float32)
+BAD_EPOCH, BATCH, RATE, EPOCHS = 1, 16, 0.05, 3
+BAD_SAMPLE = list(Sharding(len(X), BATCH, 1, 0).parts(BAD_EPOCH, 0))[1].indices[0]  # of the second step of four
+
+
+class Case:
+    """What goes wrong in one run: `gradient` or `loss` at the bad sample, or `stop` by rank 1 after it, or nothing."""
+
+    what = ""
+
+
+def spoilt(batch):
+    x = batch.x.copy()
+    if Case.what == "gradient" and batch.epoch == BAD_EPOCH:
+        x[batch.indices == BAD_SAMPLE] = np.inf
+    return x
+
+
+def has_bad_sample(epoch, indices):
+    return epoch == BAD_EPOCH and BAD_SAMPLE in indices
+
+
+def train(options):
+    make = {"torch": train_torch, "tensorflow": train_tensorflow, "keras": train_keras}[framework]
+    return make(options)
+
+
+def loop(run, step):
+    for _ in run.epochs():
+        for batch in run.batches(Split(X, Y)):
+            loss = step(spoilt(batch), batch.y, batch.weight)
+            if Case.what == "loss" and has_bad_sample(batch.epoch, batch.indices):
+                loss = loss + np.float32(np.inf)
+            run.log(loss=loss)
+            if Case.what == "stop" and has_bad_sample(batch.epoch, batch.indices):
+                run.stop()
+        run.end_epoch()
+
+
+def train_torch(options):
+    import torch
+
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=RATE), model)
+
+    def step(x, y, weight):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(torch.from_numpy(x)), torch.from_numpy(y)) * weight
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with Run(options, world, dp, model, optimizer, len(X)) as run:
+        loop(run, step)
+    return run, model.weight.detach().numpy().ravel()
+
+
+def train_tensorflow(options):
+    import keras
+    import tensorflow as tf
+
+    model = keras.Sequential(
+        [keras.layers.Input((3,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
+    )
+    optimizer = dp.distribute(keras.optimizers.SGD(RATE), model)
+
+    @tf.function(reduce_retracing=True)
+    def step(x, y, weight):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2) * weight
+        optimizer.apply_gradients(
+            zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True)
+        )
+        return loss
+
+    with Run(options, world, dp, model, optimizer, len(X)) as run:
+        loop(run, lambda x, y, weight: step(x, y, np.float32(weight)))
+    return run, model.get_weights()[0].ravel()
+
+
+def train_keras(options):
+    import keras
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.parts = run.parts_left_in_epoch()
+
+        def on_train_batch_end(self, batch, logs=None):
+            if Case.what == "stop" and has_bad_sample(run.epoch, next(self.parts).indices):
+                self.model.stop_training = True
+
+    model = keras.Sequential(
+        [keras.layers.Input((3,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
+    )
+    optimizer = dp.distribute(keras.optimizers.SGD(RATE), model)
+    model.compile(optimizer, loss="mse")
+    with Run(options, world, dp, model, optimizer, len(X)) as run:
+        while not run.finished:
+            model.fit(
+                dp.Batches(run, Split(X, Y), spoilt),
+                initial_epoch=run.epoch,
+                epochs=run.whole_epochs_until,
+                shuffle=False,
+                verbose=0,
+                callbacks=[dp.MetricAverage(), Stop(), dp.RunCallback(run, {})],
+            )
+    return run, model.get_weights()[0].ravel()
+
+
+def by_numpy(left_out):
+    """The weights after all epochs, without the step of the bad sample where it is left out; and that step's number."""
+    weights, bad_step = np.zeros((3, 1)), None
+    sharding = Sharding(len(X), BATCH, 1, 0)
+    step = 0
+    for epoch in range(EPOCHS):
+        for part in sharding.parts(epoch, 0):
+            step += 1
+            x, y = X[part.indices].astype(float), Y[part.indices].astype(float)
+            if has_bad_sample(epoch, part.indices):
+                bad_step = step
+                if left_out:
+                    continue
+            weights -= RATE * 2 * x.T @ (x @ weights - y) / len(x)
+    return weights.ravel(), bad_step
+
+
+# Which rank has the bad sample.
+parts = [list(Sharding(len(X), BATCH, world.size, 0).parts(BAD_EPOCH, rank)) for rank in range(world.size)]
+bad_rank = next(rank for rank in range(world.size) if any(BAD_SAMPLE in part.indices for part in parts[rank]))
+options = RunOptions(epochs=EPOCHS, global_batch_size=BATCH, learning_rate=RATE)
+left_out, bad_step = by_numpy(left_out=True)
+assert not np.allclose(left_out, by_numpy(left_out=False)[0], rtol=1e-3)
+
+Case.what = "gradient"
+run, weights = train(replace(options, on_nan="skip", output=base / "skip"))
+assert np.allclose(weights, left_out, rtol=1e-4), (weights, left_out)
+if world.rank == 0:
+    rows = read_metrics(base / "skip", "step")
+    assert [row["step"] for row in rows if row.get("skipped")] == [bad_step], rows
+    assert [row["step"] for row in rows if row["loss"] is None] == [bad_step], rows
+    epochs = read_metrics(base / "skip", "epoch")
+    assert [row.get("not_finite", 0) for row in epochs] == [0, 1, 0] and np.isfinite(epochs[1]["train_loss"]), epochs
+
+for what, told in ("gradient", "not finite in step"), ("loss", "loss inf in step"):
+    if framework == "keras" and what == "loss":
+        continue  # what fit() takes as the loss is what it derives
+    Case.what = what
+    try:
+        train(replace(options, on_nan="stop", output=base / f"stop-{what}"))
+        raise AssertionError("trained on")
+    except RunFailed as error:
+        assert f"rank {bad_rank} on" in str(error) and f"{told} {bad_step}".split(" in ")[0] in str(error), error
+        assert f"in step {bad_step}" in str(error), error
+
+Case.what = "stop"
+run, _ = train(replace(options, output=base / "early"))
+assert run.finished and run.step == bad_step + 1, run.step
+if world.rank == 0:
+    assert [checkpoint.read(path).manifest["step"] for path in checkpoint.steps(base / "early")][-1] == run.step
+Case.what = ""
+run, resumed = train(replace(options, output=base / "early", resume=True))
+if world.rank == 0:
+    print("resumed after the early stop")
+assert np.allclose(resumed, by_numpy(left_out=False)[0], rtol=1e-4)
+print("trouble met as promised")
+dp.stop()

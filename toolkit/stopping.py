@@ -1,0 +1,142 @@
+"""SIGTERM and SIGINT as a wish to stop, as Slurm, Kubernetes and a person's Ctrl-C send them."""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_WISHES = (signal.SIGTERM, signal.SIGINT)
+_TOGETHER = 1.0  # seconds in which a second signal is the first one's echo: a launcher's, or that of a process group
+_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "horovodrun", "srun")
+
+
+class Signals:
+    """Takes the first SIGTERM or SIGINT as a wish to stop; the next one ends the process at once.
+
+    Signals are read by a thread of its own, so that the next one is heard also while the main thread waits for
+    other ranks.
+
+    Attributes:
+        received: the number of the first signal; None before it.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Begin to listen; does nothing outside of the main thread, where Python allows no handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in _WISHES}
+        self._wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        self._writing = writing
+        os.register_at_fork(after_in_child=self._forget_in_child)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+
+    def restore(self) -> None:
+        """Put the handlers from before back."""
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+            os.close(self._writing)  # which ends the thread
+
+    def _listen(self, reading: int) -> None:
+        first = 0.0
+        shell = _horovodrun_shell()
+        while True:
+            readable, _, _ = select.select([reading], [], [], 1.0 if shell and not self.received else None)
+            numbers = os.read(reading, 64) if readable else b""
+            if readable and not numbers:
+                break
+            if shell and not readable and not _is_child(*shell):
+                numbers = bytes([signal.SIGTERM])
+            for number in numbers:
+                if number not in _WISHES:
+                    continue
+                if self.received is None:
+                    self.received, first = number, time.monotonic()
+                elif time.monotonic() - first > _TOGETHER:
+                    os.write(2, b"a second signal: this worker ends at once, without a checkpoint\n")
+                    os._exit(128 + number)
+        os.close(reading)
+
+    def _forget_in_child(self) -> None:
+        """A data loader's process: Ctrl-C is its parent's matter, and SIGTERM ends it."""
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def resume_command(directory: Path, size: int) -> str:
+    """The command line that goes on with the run in `directory`: the launcher's own where this host shows it.
+
+    Args:
+        directory: the run's.
+        size: number of workers.
+    """
+    script = [Path(sys.executable).name, *sys.argv]
+    words = script
+    for process in _ancestors():
+        names = [Path(word).name for word in process.words[:2]]  # a launcher in Python comes after its interpreter
+        words = next(([n, *process.words[i + 1 :]] for i, n in enumerate(names) if n in _LAUNCHERS), words)
+    if words[0] == "mpirun" and "-x" in words and "-H" in words:  # horovodrun made it, and names every variable in it
+        words = ["horovodrun", "--mpi", "-np", str(size), "-H", words[words.index("-H") + 1], *script]
+    for flag in ("--resume",), ("--output", str(directory)):
+        if not any(word == flag[0] or word.startswith(f"{flag[0]}=") for word in words):
+            words = [*words, *flag]
+    return shlex.join(words)
+
+
+class _Process(NamedTuple):
+    number: int
+    words: list[str]  # its command line
+
+
+def _ancestors() -> Iterator[_Process]:
+    """The parent of this process, its parent, and so on, as far as this host shows them."""
+    number = os.getppid()
+    while number > 1:
+        try:
+            words = [word.decode() for word in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")[:-1]]
+            yield _Process(number, words)
+            number = _parent(number)
+        except (OSError, ValueError):
+            return
+
+
+def _parent(number: int) -> int:
+    return int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _is_child(number: int, parent: int) -> bool:
+    try:
+        return _parent(number) == parent
+    except (OSError, ValueError):
+        return False
+
+
+def _horovodrun_shell() -> tuple[int, int] | None:
+    """The process numbers of mpirun and of the shell that `horovodrun --mpi` turned into to start it.
+
+    A signal to that shell ends it alone, and mpirun would go on without end.
+    """
+    below = None
+    for process in _ancestors():
+        if below and Path(below.words[0]).name == "mpirun" and process.words[1:2] == ["-c"]:
+            return below.number, process.number
+        below = process
+    return None
