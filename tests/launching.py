@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -41,6 +42,37 @@ def launch(
     Raises:
         AssertionError: a process that the command started was still there after its end.
     """
+    process, mark = begin(size, command, launcher=launcher, options=options, environment=environment, cwd=cwd)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        kill_marked(mark)
+        process.kill()
+        process.communicate()
+        raise
+    left = kill_marked(mark, grace=10)
+    assert not left, f"still running 10 s after the end: {left}"
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def begin(
+    size: int,
+    command: Sequence[str | Path],
+    *,
+    launcher: str = "mpirun",
+    options: Sequence[str] = ("--oversubscribe", "--bind-to", "none"),
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    printed: IO[str] | int = subprocess.PIPE,
+) -> tuple[subprocess.Popen[str], str]:
+    """Begin what `launch` runs to its end.
+
+    Args:
+        printed: where both outputs go together; by default each to a pipe of its own.
+
+    Returns:
+        The launcher's process, and the mark that all processes of the job carry.
+    """
     python = [sys.executable, *map(str, command)]
     line = {
         "none": python,
@@ -65,19 +97,10 @@ def launch(
         env=full,
         text=True,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=printed,
+        stderr=subprocess.PIPE if printed == subprocess.PIPE else subprocess.STDOUT,
     )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except BaseException:
-        kill_marked(mark)
-        process.kill()
-        process.communicate()
-        raise
-    left = kill_marked(mark, grace=10)
-    assert not left, f"still running 10 s after the end: {left}"
-    return subprocess.CompletedProcess(line, process.returncode, out, err)
+    return process, mark
 
 
 def kill_marked(mark: str, grace: float = 0) -> list[str]:
@@ -87,7 +110,7 @@ def kill_marked(mark: str, grace: float = 0) -> list[str]:
         The command lines of those that had to be killed.
     """
     end = time.monotonic() + grace
-    while (left := _marked(mark)) and time.monotonic() < end:
+    while (left := marked(mark)) and time.monotonic() < end:
         time.sleep(0.1)
     for pid in left:
         try:
@@ -97,7 +120,8 @@ def kill_marked(mark: str, grace: float = 0) -> list[str]:
     return list(left.values())
 
 
-def _marked(mark: str) -> dict[int, str]:
+def marked(mark: str) -> dict[int, str]:
+    """Process numbers and command lines of the processes that carry the mark."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():

@@ -242,11 +242,13 @@ def read(path: Path) -> Checkpoint:
     directory = -1
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        manifest = json.loads(_content(_MANIFEST, directory, _MOST_MANIFEST_BYTES))
+        text = _content(_MANIFEST, directory, _MOST_MANIFEST_BYTES)
+        manifest = json.loads(text)
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise DamagedCheckpoint(f"{path / _MANIFEST} is not of format version {FORMAT_VERSION}")
+        whole = text == json.dumps(manifest, indent=1).encode()  # so a 1e5 that becomes 1E5 is damage too
         saved = manifest.get("sha256")
-        if not isinstance(saved, dict) or saved.pop(_MANIFEST, None) != _manifest_sha256(manifest):
+        if not whole or not isinstance(saved, dict) or saved.pop(_MANIFEST, None) != _manifest_sha256(manifest):
             raise DamagedCheckpoint(f"{path / _MANIFEST} was altered (SHA-256 differs)")
         # Read once: what was hashed is what is used, and a file that is cut meanwhile can't be a fault in memory.
         content = _content(_STATE, directory, _memory_bytes())
@@ -259,10 +261,10 @@ def read(path: Path) -> Checkpoint:
     except KeyError as error:  # of safetensors' numpy part, which knows not all of its types
         raise DamagedCheckpoint(f"{path / _STATE} has tensors of type {shown(error.args[0])}") from None
     except (OSError, ValueError, RecursionError, MemoryError, safetensors.SafetensorError) as error:
-        text = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        said = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
         if isinstance(error, OSError) and error.filename:
-            text = f"{Path(error.filename).name}: {text}"
-        raise DamagedCheckpoint(f"{path} can't be read: {shown(text)}") from None
+            said = f"{Path(error.filename).name}: {said}"
+        raise DamagedCheckpoint(f"{path} can't be read: {shown(said)}") from None
     finally:
         if directory >= 0:
             os.close(directory)
@@ -364,7 +366,7 @@ def flush(path: Path) -> None:
 
 
 def _manifest_sha256(content: Mapping[str, Any]) -> str:
-    """The hash of a manifest's content without its own hash, however it is laid out."""
+    """The hash of a manifest's content without its own hash."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

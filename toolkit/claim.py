@@ -111,7 +111,7 @@ class Claim:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OSError(errno.EBUSY, f"another run has it: {_owner(opened)}", str(self._path)) from None
+            raise OSError(errno.EBUSY, f"another run has it, {_owner(opened)}", str(self._path)) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -135,7 +135,7 @@ def _owner(opened: int) -> str:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         time.sleep(0.05)
-    return f"its {LOCK} does not say which"
+    return f"of which its {LOCK} says nothing"
 
 
 def _is(path: Path | str, directory: int | None, opened: int) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from toolkit import output, run
+from toolkit import checkpoint, output, run
 from toolkit.adapters import Adapter
-from toolkit.errors import UsageError
+from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
 from toolkit.sharding import k_fold
 from toolkit.world import World
@@ -83,8 +83,15 @@ def each_fold(
     if world.rank == world.group == 0:
         file = directory / "folds.json"
         results = dict(sorted({**_saved_results(file, options.folds), **results}.items()))
-        file.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results), flush=True)
+        temporary = file.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+            temporary.replace(file)
+        except OSError as error:
+            raise RunFailed(
+                f"{file} could not be written: {checkpoint.reason(error)}; the table above is it."
+            ) from None
 
 
 def table(results: Mapping[int, Mapping[str, float]]) -> str:

@@ -117,9 +117,11 @@ def _hold(directory: Path) -> Claim:
     try:
         return Claim(directory)
     except OSError as error:
-        wrong = "is in use" if error.errno == errno.EBUSY else "can't be written to"
-        what = "wait for that run or end it, or choose" if error.errno == errno.EBUSY else "make it writable, or choose"
-        raise UsageError(f"{directory} {wrong}: {checkpoint.reason(error)}: {what} another --output.") from None
+        if error.errno == errno.EBUSY:
+            text = f"{checkpoint.reason(error)}: wait for that run, or end it, or choose"
+        else:
+            text = f"it can't be written to ({checkpoint.reason(error)}): make it writable, or choose"
+        raise UsageError(f"{directory}: {text} another --output.") from None
 
 
 def _entries(directory: Path) -> list[str]:

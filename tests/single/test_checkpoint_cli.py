@@ -38,7 +38,7 @@ STATE = {
 @pytest.fixture
 def run(tmp_path):
     for step in (30, 45):
-        checkpoint.write(tmp_path / "run", step, STATE, MANIFEST, 9)
+        checkpoint.write(tmp_path / "run", step, STATE, {**MANIFEST, "position": {**POSITION, "step": step}}, 9)
     return tmp_path / "run"
 
 
