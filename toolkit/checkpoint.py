@@ -273,13 +273,16 @@ def read(path: Path) -> Checkpoint:
 def _content(name: str, directory: int, most: int) -> bytes:
     """A plain file's bytes; nothing else is opened to the point where it could wait or have an effect."""
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    with open(file, "rb") as opened:
+    try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "no plain file", name)
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"{found.st_size} bytes, more than the {most} that could be right", name)
-        return opened.read(found.st_size)  # not more, should it grow meanwhile
+        with open(file, "rb", closefd=False) as opened:
+            return opened.read(found.st_size)  # not more, should it grow meanwhile
+    finally:
+        os.close(file)
 
 
 def _memory_bytes() -> int:

@@ -126,7 +126,7 @@ class Claim:
 
 def _owner(opened: int) -> str:
     """Who has the lock, as its file tells it; it is written just after the lock is taken."""
-    for _ in range(20):
+    for _ in range(10):
         try:
             found = json.loads(os.pread(opened, 4096, 0))
             process, host, since = int(found["process"]), str(found["host"])[:255], str(found["since"])[:40]
