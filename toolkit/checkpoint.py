@@ -2,19 +2,25 @@
 
 Written to a temporary name, flushed to disk and renamed; never changed in place. The newest valid
 one is found by reading: every file's SHA-256, the manifest's own too, stands in the manifest.
-Loading runs no code.
+
+The hashes tell damage, not who wrote a file. Loading runs no code, reads plain files of the checkpoint's own
+directory alone, and takes nothing from them before it is seen to be of the right type and in range.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
+import sys
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +30,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from toolkit.errors import UsageError
+
 FORMAT_VERSION = 1
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8,18})")
+_TEMPORARY = re.compile(r"\.step-[0-9]{8,18}\.[0-9]+\.tmp")
+RETRY_SECONDS = 30.0  # between attempts to write a checkpoint that could not be written
+_MOST_MANIFEST_BYTES = 16 << 20  # a large model's architecture takes a few MB
+_MOST = 2**53  # of a count: what a float still tells from its neighbour
 
 
 class DamagedCheckpoint(Exception):
@@ -66,7 +78,7 @@ def write(directory: Path, step: int, state: Mapping[str, np.ndarray], manifest:
         OSError: the disk is full, read-only or gone; earlier checkpoints are untouched.
     """
     final = directory / f"step-{step:08d}"
-    if final.exists():
+    if os.path.lexists(final):
         try:
             return read(final).path
         except DamagedCheckpoint:
@@ -82,14 +94,21 @@ def write(directory: Path, step: int, state: Mapping[str, np.ndarray], manifest:
         content = {"format_version": FORMAT_VERSION, **manifest, "step": step}
         content["sha256"] = {_STATE: _sha256(temporary / _STATE)}
         content["sha256"][_MANIFEST] = _manifest_sha256(content)
-        (temporary / _MANIFEST).write_text(json.dumps(content, indent=1))
+        text = json.dumps(content, indent=1)
+        if len(text) > _MOST_MANIFEST_BYTES:  # which no reader would take
+            raise UsageError(
+                f"the manifest of a checkpoint would have {len(text)} bytes: extra objects and the model's "
+                f"configuration may take {_MOST_MANIFEST_BYTES}; what is large belongs into the model as tensors."
+            )
+        (temporary / _MANIFEST).write_text(text)
         flush(temporary / _MANIFEST)
         flush(temporary)
         temporary.rename(final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, safetensors.SafetensorError):  # what the system said is in its text
-            raise OSError(str(error)) from None
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from None
         raise
     flush(directory)
     # Of later steps there are damaged ones at most, or a run resumed before them would not write this one.
@@ -101,37 +120,97 @@ def write(directory: Path, step: int, state: Mapping[str, np.ndarray], manifest:
 class Writer:
     """Writes checkpoints in a thread of its own while training goes on; one at a time.
 
-    The state handed over must not change any more, so it takes the memory of one extra copy.
+    The state handed over must not change any more, so it takes the memory of one extra copy. What can't be
+    written is told in a line, and tried again every `RETRY_SECONDS` until it is or a newer state is to replace it.
+
+    Args:
+        prepare: called before each attempt; may raise `OSError`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prepare: Callable[[], None] = lambda: None) -> None:
+        self._prepare = prepare
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[Path] | None = None
+        self._pending: Future[None] | None = None
+        self._job: tuple[Path, int, Mapping[str, np.ndarray], Mapping[str, Any], int] | None = None  # not written yet
+        self._no_more = threading.Event()
+        self._reason = ""  # why the last attempt failed; empty after one that did not
 
     def write(
         self, directory: Path, step: int, state: Mapping[str, np.ndarray], manifest: Mapping[str, Any], keep: int
     ) -> None:
-        """Begin to `write`, when the one before is done.
-
-        Raises:
-            OSError: the one before could not be written.
-        """
+        """Begin to `write`; one before that could not be written is given up."""
         self.wait()
-        self._pending = self._thread.submit(write, directory, step, state, manifest, keep)
+        self._job = directory, step, state, manifest, keep
+        self._no_more.clear()
+        self._pending = self._thread.submit(self._write_at_last)
 
     def wait(self) -> None:
-        """Return when nothing is left to write.
+        """Return when no attempt is under way; what could not be written is given up, and its memory free."""
+        self._end_attempts()
+        self._job = None
 
-        Raises:
-            OSError: the last one could not be written.
+    def finish(self, tries: int = 4, seconds: float = 1.0) -> str | None:
+        """Return when all is written, or could not be in so many more tries.
+
+        Args:
+            tries: after the attempt that is under way.
+            seconds: between them.
+
+        Returns:
+            Why the last checkpoint could not be written; None where it was.
         """
+        self._end_attempts()
+        while self._job is not None and tries > 0:
+            time.sleep(seconds)
+            self._attempt(*self._job)
+            tries -= 1
+        return None if self._job is None else self._reason
+
+    def close(self) -> None:
+        """Return when no attempt is under way, and make no more."""
+        self._no_more.set()
+        self._thread.shutdown()
+
+    def _end_attempts(self) -> None:
+        self._no_more.set()
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        """Return when nothing is left to write, whether or not it could be."""
-        self._thread.shutdown()
+    def _write_at_last(self) -> None:
+        while self._job is not None:
+            self._attempt(*self._job)
+            if self._job is None or self._no_more.wait(RETRY_SECONDS):
+                return
+
+    def _attempt(
+        self, directory: Path, step: int, state: Mapping[str, np.ndarray], manifest: Mapping[str, Any], keep: int
+    ) -> None:
+        try:
+            self._prepare()
+            path = write(directory, step, state, manifest, keep)
+        except OSError as error:
+            before, self._reason = self._reason, reason(error)
+            if self._reason != before:  # told once, however long it stays so
+                _say(
+                    f"warning: the checkpoint of step {step} could not be written to {directory}: {self._reason}; "
+                    f"training goes on, and it, or a newer one, is tried again every {RETRY_SECONDS:g} s"
+                )
+        else:
+            self._job = None
+            if self._reason:
+                _say(f"checkpoints can be written again: {path}")
+            self._reason = ""
+
+
+def reason(error: OSError) -> str:
+    """What the system said, without the paths around it."""
+    return error.strerror or str(error)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")  # in one write, as another thread may print too
+    sys.stderr.flush()
 
 
 def steps(directory: Path) -> list[Path]:
@@ -146,29 +225,122 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed runs left of checkpoints that they had not finished; the directory must be claimed."""
+    for path in directory.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)  # which leaves symbolic links alone
+
+
 def read(path: Path) -> Checkpoint:
     """Read one checkpoint and check it against its manifest.
 
     Raises:
-        DamagedCheckpoint: a file is missing, altered or of another format version.
+        DamagedCheckpoint: a file is missing, altered, of another format version, no plain file of this
+            directory, or holds what no run writes.
     """
+    directory = -1
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        text = _content(_MANIFEST, directory, _MOST_MANIFEST_BYTES)
+        manifest = json.loads(text)
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
             raise DamagedCheckpoint(f"{path / _MANIFEST} is not of format version {FORMAT_VERSION}")
+        whole = text == json.dumps(manifest, indent=1).encode()  # so a 1e5 that becomes 1E5 is damage too
         saved = manifest.get("sha256")
-        if not isinstance(saved, dict) or saved.pop(_MANIFEST, None) != _manifest_sha256(manifest):
+        if not whole or not isinstance(saved, dict) or saved.pop(_MANIFEST, None) != _manifest_sha256(manifest):
             raise DamagedCheckpoint(f"{path / _MANIFEST} was altered (SHA-256 differs)")
-        if saved != {_STATE: _sha256(path / _STATE)}:
+        # Read once: what was hashed is what is used, and a file that is cut meanwhile can't be a fault in memory.
+        content = _content(_STATE, directory, _memory_bytes())
+        if saved != {_STATE: hashlib.sha256(content).hexdigest()}:
             raise DamagedCheckpoint(f"{path / _STATE} is not what its manifest says (SHA-256 differs)")
-        return Checkpoint(path, manifest, safetensors.numpy.load_file(path / _STATE))
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise DamagedCheckpoint(f"{path} can't be read: {error}") from None
+        strange = _strange(manifest, path)
+        if strange:
+            raise DamagedCheckpoint(f"{path / _MANIFEST}: {strange}, which no run writes")
+        return Checkpoint(path, manifest, safetensors.numpy.load(content))
+    except KeyError as error:  # of safetensors' numpy part, which knows not all of its types
+        raise DamagedCheckpoint(f"{path / _STATE} has tensors of type {shown(error.args[0])}") from None
+    except (OSError, ValueError, RecursionError, MemoryError, safetensors.SafetensorError) as error:
+        said = reason(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename:
+            said = f"{Path(error.filename).name}: {said}"
+        raise DamagedCheckpoint(f"{path} can't be read: {shown(said)}") from None
+    finally:
+        if directory >= 0:
+            os.close(directory)
+
+
+def _content(name: str, directory: int, most: int) -> bytes:
+    """A plain file's bytes; nothing else is opened to the point where it could wait or have an effect."""
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no plain file", name)
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"{found.st_size} bytes, more than the {most} that could be right", name)
+        with open(file, "rb", closefd=False) as opened:
+            return opened.read(found.st_size)  # not more, should it grow meanwhile
+    finally:
+        os.close(file)
+
+
+def _memory_bytes() -> int:
+    """Of this machine; a file that is larger, such as one of nothing but a hole, is not read."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
+
+
+_POSITION: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("epoch", "step", "step_in_epoch", "not_finite"), _is_count),
+    "loss_sum": lambda v: type(v) is float,
+}
+# What readers rely on, where it is there: the values that a run writes.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "framework": lambda v: isinstance(v, str),
+    "versions": lambda v: isinstance(v, dict) and all(isinstance(version, str) for version in v.values()),
+    "backend": lambda v: isinstance(v, str),
+    "architecture": lambda v: v is None or isinstance(v, str),
+    "bfloat16": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    "recipe": lambda v: isinstance(v, str),
+    "samples": lambda v: _is_count(v, 1),
+    "global_batch_size": lambda v: _is_count(v, 1),
+    "world_size": lambda v: _is_count(v, 1),
+    "reference_batch_size": lambda v: _is_count(v, 1),
+    "extra": lambda v: isinstance(v, dict),
+    "position": lambda v: (
+        isinstance(v, dict) and v.keys() == _POSITION.keys() and all(right(v[key]) for key, right in _POSITION.items())
+    ),
+}
+
+
+def _strange(manifest: Mapping[str, Any], path: Path) -> str | None:
+    """What is of a wrong type or out of range in a manifest; None where nothing is."""
+    step = manifest.get("step")
+    if not _is_count(step):
+        return f"step is {shown(step)}"
+    if _NAME.fullmatch(path.name) and _step(path) != step:
+        return f"step is {step}"
+    for key, right in _FIELDS.items():
+        if key in manifest and not right(manifest[key]):
+            return f"{key} is {shown(manifest[key])}"
+    if "position" in manifest and manifest["position"]["step"] != step:
+        return f"step is {step} and position's {manifest['position']['step']}"
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a message shows it: on one line, of printable characters, not long."""
+    text = str(value)[:100]
+    return text if text.isprintable() else ascii(text)
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory is a checkpoint, whole or not, rather than one that holds checkpoints."""
-    return bool(_NAME.fullmatch(path.name)) or (path / _MANIFEST).exists() or (path / _STATE).exists()
+    return bool(_NAME.fullmatch(path.name)) or any(os.path.lexists(path / name) for name in (_MANIFEST, _STATE))
 
 
 def newest(directory: Path) -> Checkpoint | None:
@@ -200,7 +372,7 @@ def flush(path: Path) -> None:
 
 
 def _manifest_sha256(content: Mapping[str, Any]) -> str:
-    """The hash of a manifest's content without its own hash, however it is laid out."""
+    """The hash of a manifest's content without its own hash."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -89,7 +89,8 @@ def _list(options: argparse.Namespace) -> int:
             manifest = checkpoint.read(path).manifest
             epoch = manifest.get("position", {}).get("epoch", "-")
             print(
-                f"{path}  step {manifest['step']:<8} epoch {epoch:<5} {manifest.get('framework', '-'):<10}  "
+                f"{path}  step {manifest['step']:<8} epoch {epoch:<5} "
+                f"{_printable(manifest.get('framework', '-')):<10}  "
                 f"{manifest.get('world_size', '-'):>3} worker(s)  {written}  whole"
             )
         except checkpoint.DamagedCheckpoint as damage:
@@ -135,7 +136,7 @@ def _show(options: argparse.Namespace) -> int:
     found = _newest_whole(options.path)
     print(found.path)
     for name, text in _description(found):
-        print(f"  {name:<10}{text}")
+        print(f"  {name:<10}{_printable(text)}")
     parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}}
     ranks: dict[str, dict[int, np.ndarray]] = {}
     for name, array in found.state.items():
@@ -147,7 +148,7 @@ def _show(options: argparse.Namespace) -> int:
     for part, arrays in parts.items():
         _print_tensors(part, arrays)
     if ranks:
-        print(f"\neach rank's own: {_own(ranks)}")
+        print(f"\neach rank's own: {_printable(_own(ranks))}")
     return 0
 
 
@@ -175,13 +176,18 @@ def _description(found: checkpoint.Checkpoint) -> list[tuple[str, str]]:
     return lines
 
 
+def _printable(text: str) -> str:
+    """A file's text without what a terminal would take as a command."""
+    return text if text.isprintable() else ascii(text)
+
+
 def _print_tensors(part: str, arrays: dict[str, np.ndarray]) -> None:
     size = sum(array.nbytes for array in arrays.values()) / 1e6
-    print(f"\n{part}: {len(arrays)} tensors, {sum(a.size for a in arrays.values())} values, {size:.2f} MB")
+    print(f"\n{_printable(part)}: {len(arrays)} tensors, {sum(a.size for a in arrays.values())} values, {size:.2f} MB")
     width = max((len(name) for name in arrays), default=0)
     for name, array in sorted(arrays.items()):
         value = f"  {array.item()}" if array.ndim == 0 else ""
-        print(f"  {name:<{width}}  {array.dtype}{list(array.shape)}{value}")
+        print(f"  {_printable(name):<{width}}  {array.dtype}{list(array.shape)}{value}")
 
 
 def _own(ranks: dict[str, dict[int, np.ndarray]]) -> str:

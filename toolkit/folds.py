@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +12,7 @@ import numpy as np
 
 from toolkit import checkpoint, output, run
 from toolkit.adapters import Adapter
-from toolkit.errors import UsageError
+from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
 from toolkit.sharding import k_fold
 from toolkit.world import World
@@ -71,7 +69,7 @@ def each_fold(
     results: dict[int, dict[str, float]] = {}
     for fold in folds[world.group :: world.groups]:
         place = directory / f"fold-{fold + 1}"
-        resume = output.decided_by_rank_0(world, adapter, partial(_has_begun, place)) if options.resume else False
+        resume = output.decided_by_rank_0(world, adapter, place.is_dir) if options.resume else False
         fitting, held_out = splits[fold]
         yield (
             replace(options, output=place, resume=resume, fold=fold + 1),
@@ -84,11 +82,16 @@ def each_fold(
         results.update(other)
     if world.rank == world.group == 0:
         file = directory / "folds.json"
-        if file.exists():  # of folds that were trained one by one
-            results = {**{int(fold): row for fold, row in json.loads(file.read_text()).items()}, **results}
-        results = dict(sorted(results.items()))
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        results = dict(sorted({**_saved_results(file, options.folds), **results}.items()))
         print(table(results), flush=True)
+        temporary = file.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+            temporary.replace(file)
+        except OSError as error:
+            raise RunFailed(
+                f"{file} could not be written: {checkpoint.reason(error)}; the table above is it."
+            ) from None
 
 
 def table(results: Mapping[int, Mapping[str, float]]) -> str:
@@ -105,14 +108,22 @@ def table(results: Mapping[int, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _has_begun(place: Path) -> bool:
-    """Whether there is a checkpoint of a fold to resume; one that was ended before its first is set aside."""
-    begun = bool(checkpoint.steps(place))
-    if place.exists() and not begun:
-        place.rename(place.with_name(f"{place.name}.unsaved-{time.time_ns()}"))
-    return begun
-
-
 def _last_epoch(directory: Path) -> dict[str, float]:
     rows = output.read_metrics(directory, "epoch")
-    return {k: v for k, v in rows[-1].items() if k not in ("kind", "epoch", "step", "seconds")} if rows else {}
+    return _numbers(rows[-1]) if rows else {}
+
+
+def _numbers(row: Any) -> dict[str, float]:
+    """What a row says of how the fold was learned."""
+    items = row.items() if isinstance(row, dict) else ()
+    return {k: v for k, v in items if isinstance(v, int | float) and k not in ("kind", "epoch", "step", "seconds")}
+
+
+def _saved_results(file: Path, folds: int) -> dict[int, dict[str, float]]:
+    """The results of folds that were trained before; those of a file that is none are left out."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    rows = found.items() if isinstance(found, dict) else ()
+    return {int(fold): _numbers(row) for fold, row in rows if fold in map(str, range(1, folds + 1))}

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
 import os
+import stat
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from toolkit import checkpoint
 from toolkit.adapters import Adapter
+from toolkit.claim import LOCK, Claim
 from toolkit.errors import UsageError
 from toolkit.world import World
 
 _RUNS = Path("runs")
+_METRICS, _METRICS_LEFTOVER = "metrics.jsonl", "metrics.tmp"
+_LONGEST_ROW = 1 << 20  # bytes; a row takes hundreds
+_RETRY_SECONDS = 5.0  # between attempts to write rows that could not be written
 T = TypeVar("T")
 
 
@@ -36,6 +45,10 @@ def decided_by_rank_0(world: World, adapter: Adapter, decide: Callable[[], T], a
             answer = decide()
         except UsageError as error:
             answer = error
+        except OSError as error:
+            answer = UsageError(
+                f"{error.filename}: {checkpoint.reason(error)}: give another --output, or make it usable."
+            )
     answer = adapter.gather(answer, all_groups=all_groups)[0]
     if isinstance(answer, UsageError):
         raise answer
@@ -60,78 +73,205 @@ def choose(name: str, output: Path | None, resume: bool) -> Path:
         directory = output or (_RUNS / f"{name}-{last:03d}" if last else None)
         if directory is None:
             raise UsageError(f"--resume found no run of {name} under {_RUNS}/: name one with --output.")
+        if not directory.is_dir():
+            raise UsageError(
+                f"--resume found no run in {directory}, which is no directory: name a run's with --output."
+            )
         return directory
     if output is None:
         return _new_directory(name, last + 1)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is not an empty directory: choose another --output, or add --resume.")
     try:
+        if output.exists() and (not output.is_dir() or _entries(output)):
+            for place in (output, *output.glob("fold-*")):
+                if (place / LOCK).exists():
+                    _hold(place).release()
+            raise UsageError(f"{output} is not an empty directory: choose another --output, or add --resume.")
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {output} can't be made: {error.strerror}.") from None
     return output
 
 
-def to_resume(directory: Path) -> checkpoint.Checkpoint:
-    """The newest whole checkpoint of a run.
+def claim(directory: Path, resume: bool) -> Claim:
+    """Take a run's directory for this process, and clean up after killed runs.
+
+    Args:
+        directory: exists; a new run's is empty.
+        resume: it is not a new run's.
 
     Raises:
-        UsageError: there is none.
+        UsageError: another run has it, it can't be written to, or it is not empty.
     """
-    found, damages = checkpoint.newest_whole(checkpoint.steps(directory))
+    held = _hold(directory)
+    if not resume and _entries(directory):
+        held.release()
+        raise UsageError(f"{directory} is not an empty directory: choose another --output, or add --resume.")
+    if held.locked:  # or they might be another's that is at work
+        checkpoint.remove_leftovers(directory)
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            (directory / _METRICS_LEFTOVER).unlink()
+    return held
+
+
+def _hold(directory: Path) -> Claim:
+    try:
+        return Claim(directory)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            text = f"{checkpoint.reason(error)}: wait for that run, or end it, or choose"
+        else:
+            text = f"it can't be written to ({checkpoint.reason(error)}): make it writable, or choose"
+        raise UsageError(f"{directory}: {text} another --output.") from None
+
+
+def _entries(directory: Path) -> list[str]:
+    """What a directory holds beside a lock; one that another run has right now is refused by `claim`."""
+    return [name for name in os.listdir(directory) if name != LOCK]
+
+
+def to_resume(directory: Path) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint of a run; None where it was ended before its first, and can begin anew.
+
+    Raises:
+        UsageError: there are damaged ones only, or the directory is none of a run.
+    """
+    saved = checkpoint.steps(directory)
+    found, damages = checkpoint.newest_whole(saved)
     for damage in damages:
         print(f"warning: damaged checkpoint passed over: {damage}", file=sys.stderr)
     if found is None and any(directory.glob("fold-*")):
         raise UsageError(f"{directory} is of a cross-validation: add --folds, or name one of its fold-… with --output.")
-    if found is None:
+    if found is None and (saved or (_entries(directory) and not (directory / _METRICS).exists())):
         raise UsageError(f"--resume found no whole checkpoint in {directory}: choose another --output to begin anew.")
     return found
 
 
 class Metrics:
-    """The rows of metrics.jsonl, one JSON object a line.
+    """The rows of metrics.jsonl, one JSON object a line; those that can't be written wait until they can.
 
     Args:
         directory: the run's.
         step: rows after this step, which a resumed run writes again, are removed.
+        prepare: called before each attempt to write; may raise `OSError`.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
-        path = directory / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _is_past(line, step)] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+    def __init__(self, directory: Path, step: int, prepare: Callable[[], None] = lambda: None) -> None:
+        self._path, self._step, self._prepare = directory / _METRICS, step, prepare
+        self._file = -1
+        self._end = 0  # of the file's whole rows, in bytes
+        self._waiting: list[bytes] = []
+        self._failed_at: float | None = None
+        self._try()
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Add a row, and give it to the operating system."""
-        self._file.write(json.dumps({"kind": kind, **row}) + "\n")
-        self._file.flush()
+        """Add a row, and give it to the operating system, or keep it until that takes it."""
+        self._waiting.append(json.dumps({"kind": kind, **row}).encode() + b"\n")
+        if self._failed_at is None or time.monotonic() - self._failed_at >= _RETRY_SECONDS:
+            self._try()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, after a last attempt to write what waits."""
+        self._try()
+        if self._waiting:
+            _warn(f"{len(self._waiting)} row(s) of {self._path} are lost: they could not be written to the end")
+        self._file = _close(self._file)
+
+    def _try(self) -> None:
+        try:
+            self._prepare()
+            self._open()
+            rows = b"".join(self._waiting)
+            written = 0
+            while written < len(rows):
+                written += os.write(self._file, rows[written:])
+        except OSError as error:
+            if self._failed_at is None:
+                reason = checkpoint.reason(error)
+                _warn(f"{self._path} could not be written: {reason}; training goes on, and rows wait until it can be")
+            self._failed_at = time.monotonic()
+            with contextlib.suppress(OSError):  # of a row that fits in part, nothing stays
+                os.ftruncate(self._file, self._end)
+            return
+        self._waiting.clear()
+        self._end += len(rows)
+        if self._failed_at is not None:
+            print(f"{self._path} can be written again; no row is lost", file=sys.stderr)
+        self._failed_at = None
+
+    def _open(self) -> None:
+        """Open the file where it is not open or no longer there; of one that was removed all rows are written again."""
+        if self._file >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                    return
+                self._path.rename(f"{self._path}.replaced-{time.time_ns()}")  # someone's new file of this name
+            with contextlib.suppress(OSError):  # such as a network file system's, on which it is gone at once
+                self._waiting.insert(0, os.pread(self._file, self._end, 0))
+            self._file, self._step = _close(self._file), 0
+        keep = b"".join(line for line, row in _rows(self._path) if _step_of(row) <= self._step)
+        if not _begins_with(self._path, keep):  # a row in between is not whole: write the others anew
+            temporary = self._path.with_name(_METRICS_LEFTOVER)
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            with open(temporary, "xb") as file:
+                file.write(keep)
+            os.replace(temporary, self._path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._file, self._end = os.open(self._path, flags, 0o644), len(keep)
+        os.ftruncate(self._file, self._end)
 
 
 def read_metrics(directory: Path, kind: str) -> list[dict[str, Any]]:
     """The rows of one kind, `step` or `epoch`, that a run has written; those left unfinished are skipped."""
-    rows = []
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("kind") == kind:
-            rows.append(row)
-    return rows
+    return [row for _, row in _rows(directory / _METRICS) if row is not None and row.get("kind") == kind]
 
 
-def _is_past(line: str, step: int) -> bool:
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """A file's lines as they are and as rows, None where it is none; nothing where there is no plain file."""
     try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False  # a row that a killed run left unfinished
+        opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    with open(opened, "rb") as file:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise OSError(errno.EINVAL, "no plain file", str(path))
+        begins = True  # whether this piece is a line's first
+        while line := file.readline(_LONGEST_ROW):
+            ends = line.endswith(b"\n")
+            yield line, _row(line) if begins and ends else None
+            begins = ends
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # such as one that a killed run left unfinished
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _step_of(row: dict[str, Any] | None) -> float:
+    step = math.inf if row is None else row.get("step")
+    return step if isinstance(step, int | float) and step >= 0 else math.inf
+
+
+def _begins_with(path: Path, content: bytes) -> bool:
+    """Whether a file begins so; one that is missing, with nothing."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(content)) == content
+    except FileNotFoundError:
+        return not content
+
+
+def _close(descriptor: int) -> int:
+    if descriptor >= 0:
+        os.close(descriptor)
+    return -1
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _new_directory(name: str, number: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 from toolkit import checkpoint, output, plain, schedule
 from toolkit.adapters import Adapter
 from toolkit.audit import Audit
+from toolkit.claim import Claim
 from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
 from toolkit.progress import Progress
@@ -166,7 +168,8 @@ class Run:
         self._heard: tuple[bool, str | None] = False, None  # what came with the gradients and was not acted on yet
         if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
             raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
-        self._writer = checkpoint.Writer()
+        self._claim: Claim | None = None  # rank 0's, on the output directory
+        self._writer = checkpoint.Writer(self._check_claim)
 
     @property
     def epoch(self) -> int:
@@ -208,11 +211,12 @@ class Run:
         self._take_up(found)
         self._origin = self.adapter.describe(self.model)
         if self.world.rank == 0:
-            self._metrics = output.Metrics(self.directory, self.step)
+            self._metrics = output.Metrics(self.directory, self.step, self._check_claim)
         steps = self.options.epochs * self.sharding.steps_per_epoch
         prefix = f"fold {self.options.fold}: " if self.options.fold else ""
         self.progress = Progress(self.world, steps, self.step, prefix)
-        begin = f"resumed at epoch {self.epoch}, step {self.step}" if found else "new run"
+        anew = "no checkpoint to resume yet, begun anew" if self.options.resume else "new run"
+        begin = f"resumed at epoch {self.epoch}, step {self.step}" if found else anew
         self.progress.line(
             f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
             f"{self.sharding.global_batch_size} samples a step"
@@ -385,13 +389,13 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint of this moment; all ranks call it, between steps, and hold the same model.
 
-        Rank 0 takes a copy of the state, and writes it while training goes on. After an epoch's last step it
+        Rank 0 takes a copy of the state, and writes it while training goes on. Where that fails, it says so
+        and tries again, until a newer checkpoint takes the place of this one. After an epoch's last step it
         is saved by `end_epoch`.
 
         Raises:
             RuntimeError: called between the passes of a step.
             RanksDiffer: the ranks do not hold the same model.
-            RunFailed: on rank 0: the checkpoint before this one could not be written.
         """
         if self._losses:
             raise RuntimeError("run.save() between the passes of a step: call it after the step's last pass.")
@@ -401,7 +405,7 @@ class Run:
         self._flush()
         if self.options.check_sync != 0 and not self._sync.has_compared(self.step):
             self.check_sync()
-        self._wait_for_writer()  # before there is another copy of the state
+        self._writer.wait()  # before there is another copy of the state
         local = self.adapter.gather(self.adapter.export_local(self.model))
         counts = {"audit/counts": self._audit.counts()} if self._audit else {}
         if self.world.rank == 0:
@@ -418,20 +422,45 @@ class Run:
     ) -> None:
         self.progress.close()
         if self.world.rank == 0:
-            self._metrics.close()
-            if kind is not None:
-                self._writer.close()
-            else:
-                self._wait_for_writer()
-                newest = checkpoint.steps(self.directory)
-                self.progress.line(f"checkpoint: {newest[-1]}" if newest else "no checkpoint was written")
+            self._leave_directory(whole=kind is None)
 
-    def _wait_for_writer(self) -> None:
+    def _leave_directory(self, whole: bool) -> None:
+        """Write what is left to write, and give the directory up.
+
+        Args:
+            whole: the run has come to its end; otherwise, what can't be written at once is left.
+
+        Raises:
+            RunFailed: the last checkpoint could not be written.
+        """
         try:
-            self._writer.wait()
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunFailed(f"a checkpoint could not be written to {self.directory}: {reason}") from None
+            if whole:
+                self._finish_writing()
+                newest = self._newest()
+                self.progress.line(f"checkpoint: {newest}" if newest else "no checkpoint was written")
+        finally:
+            self._metrics.close()
+            self._writer.close()
+            if self._claim is not None:
+                self._claim.release()
+
+    def _finish_writing(self) -> None:
+        failure = self._writer.finish()
+        if failure is not None:
+            raise RunFailed(
+                f"the last checkpoint could not be written to {self.directory}: {failure}; "
+                f"the last good one is {self._newest() or 'none'}: --resume goes on from there."
+            )
+
+    def _newest(self) -> Path | None:
+        try:
+            return max(checkpoint.steps(self.directory), default=None)
+        except OSError:
+            return None
+
+    def _check_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
 
     def _saves_after(self, step: int) -> bool:
         every = self.options.checkpoint_steps
@@ -500,7 +529,7 @@ class Run:
         if not number or self._save_is_due:
             return  # of an epoch's last step end_epoch saves the state, and agree_to_stop comes back here
         if self.world.rank == 0:
-            self._wait_for_writer()
+            self._finish_writing()
         self.adapter.gather(None)  # no rank leaves while rank 0 writes
         self.progress.line(
             f"stopped by {signal.Signals(number).name} on {by} after step {self.step}; to go on: "
@@ -515,10 +544,15 @@ class Run:
 
         def decide() -> tuple[Path, tuple[Path, dict[str, Any], list[str]] | None]:
             directory = output.choose(self.name, self.options.output, self.options.resume)
-            if not self.options.resume:
-                return directory, None
-            found = output.to_resume(directory)
-            self._check_same_run(found)
+            self._claim = output.claim(directory, self.options.resume)
+            try:
+                found = output.to_resume(directory) if self.options.resume else None
+                if found is None:
+                    return directory, None
+                self._check_same_run(found)
+            except BaseException:
+                self._claim.release()
+                raise
             saved.update(found.state)
             return directory, (found.path, found.manifest, list(found.state))
 
@@ -538,11 +572,13 @@ class Run:
         adapter, world, seed, local = self.adapter, self.world, self.options.seed, None
         if found is not None:
             shared = {name: a for name, a in found.state.items() if name.startswith(("model/", "optimizer/"))}
-            adapter.import_state(self.model, self.optimizer, shared)
+            with _one_line(found.path, "the model's and optimizer's state"):
+                adapter.import_state(self.model, self.optimizer, shared)
             self._at = _Position(**found.manifest["position"])
             self._reference = found.manifest["reference_batch_size"]
             for name, saved in found.manifest["extra"].items():
-                self._extra[name].load_state_dict(plain.decode(saved))
+                with _one_line(found.path, f"the state of {name}"):
+                    self._extra[name].load_state_dict(plain.decode(saved))
             prefix = f"rank{world.rank}/"
             if found.manifest["world_size"] == world.size:
                 local = {n.removeprefix(prefix): a for n, a in found.state.items() if n.startswith(prefix)}
@@ -550,24 +586,54 @@ class Run:
                 self._audit.restore(found.state["audit/counts"])
         else:
             adapter.broadcast_state(self.model, self.optimizer)
-        if local is not None:
-            adapter.import_local(self.model, local)
+        if found is not None and local is not None:
+            with _one_line(found.path, f"what rank {world.rank} keeps for itself"):
+                adapter.import_local(self.model, local)
         else:  # other workers than before draw other numbers than before
             mixed = np.random.SeedSequence([seed, self.step]).generate_state(1)[0] if self.step else seed
             adapter.seed_local(self.model, int(mixed), world.rank)
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
-        """Refuse to continue a run whose position would mean other samples here."""
-        if self._audit and found.manifest["position"]["step_in_epoch"] and "audit/counts" not in found.state:
+        """Refuse to continue a run whose position would mean other samples here, or what no run has saved."""
+        manifest, shown = found.manifest, checkpoint.shown
+        for key, value in self._identity().items():
+            if manifest.get(key) != value:
+                raise UsageError(
+                    f"--resume: {found.path} was made with {key} {shown(manifest.get(key))}, "
+                    f"this run has {key} {value}: give the options that it was made with, or choose another --output."
+                )
+        strange = self._strange(found)
+        if strange:
+            raise UsageError(f"--resume: {found.path} was not saved by this run, as {strange}: remove it.")
+        if self._audit and manifest["position"]["step_in_epoch"] and "audit/counts" not in found.state:
             raise UsageError(
                 f"--audit: {found.path} lies within an epoch whose samples were not counted: resume without --audit."
             )
-        for key, value in self._identity().items():
-            if found.manifest.get(key) != value:
-                raise UsageError(
-                    f"--resume: {found.path} was made with {key} {found.manifest.get(key)}, "
-                    f"this run has {key} {value}: give the options that it was made with, or choose another --output."
-                )
+
+    def _strange(self, found: checkpoint.Checkpoint) -> str | None:
+        """What in a checkpoint, whose values are of the right types, can't be of this run; None: nothing."""
+        lacking = {"position", "world_size", "reference_batch_size", "extra"} - found.manifest.keys()
+        if lacking:
+            return f"it lacks {min(lacking)}"
+        at, per_epoch = _Position(**found.manifest["position"]), self.sharding.steps_per_epoch
+        if at.step_in_epoch >= per_epoch or at.step != at.epoch * per_epoch + at.step_in_epoch:
+            return f"its step is {at.step}, in epoch {at.epoch} after {at.step_in_epoch} of {per_epoch} steps"
+        if found.manifest["reference_batch_size"] > self.sharding.samples:
+            return f"its reference batch size is {found.manifest['reference_batch_size']}"
+        if found.manifest["extra"].keys() != self._extra.keys():
+            return "it keeps other objects in extra"
+        of_ranks: dict[str, set[tuple]] = {}
+        for name, array in found.state.items():
+            if name.startswith("rank"):
+                rank, _, rest = name.partition("/")
+                of_ranks.setdefault(rank, set()).add((rest, array.dtype, array.shape))
+        size = found.manifest["world_size"]
+        if len(of_ranks) != size or any(of_ranks.get(f"rank{r}") != of_ranks["rank0"] for r in range(size)):
+            return f"the states that its {size} ranks have of their own are not alike"
+        counts = found.state.get("audit/counts", np.zeros(self.sharding.samples, np.int64))
+        if counts.dtype != np.int64 or counts.shape != (self.sharding.samples,) or counts.min() < 0 or counts.max() > 1:
+            return "its audit/counts are no counts of samples"
+        return None
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must have alike to be the same run: the recipe, its data, its own options."""
@@ -592,6 +658,21 @@ class Run:
             "learning_rate_of_next_step": self.learning_rate(),
             "extra": {name: plain.encode(name, thing.state_dict()) for name, thing in self._extra.items()},
         }
+
+
+@contextlib.contextmanager
+def _one_line(path: Path, what: str) -> Iterator[None]:
+    """Say in one line that a saved state was refused, by whatever took it: its values are of whoever wrote the file."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = checkpoint.shown(error or type(error).__name__)
+        raise UsageError(
+            f"--resume: {what} in {path} can't be taken up ({text}): remove this checkpoint, or build the model and "
+            "its optimizer as when it was saved."
+        ) from error
 
 
 def script_name() -> str:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -152,17 +154,51 @@ def test_it_is_written_while_training_goes_on(tmp_path, monkeypatch):
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
-def test_a_failed_write_is_told_at_the_next_one(tmp_path, monkeypatch):
-    (path,) = written(tmp_path, 1)
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that is full until told otherwise."""
+    fsync, is_full = os.fsync, threading.Event()
+    is_full.set()
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def refuse(descriptor):
+        if is_full.is_set():
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    return is_full
+
+
+def test_what_could_not_be_written_is_told_once_and_tried_again(tmp_path, full, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.01)
     writer = checkpoint.Writer()
     writer.write(tmp_path, 2, STATE, {}, 1)
-    with pytest.raises(OSError, match="No space"):
-        writer.wait()
-    writer.wait()  # told once
-    monkeypatch.undo()
-    assert checkpoint.newest(tmp_path).path == path
+    time.sleep(0.3)  # of many attempts
+    full.clear()
+    while not checkpoint.steps(tmp_path):
+        time.sleep(0.01)
+    assert writer.finish() is None and [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "No space left on device; training goes on" in lines[0] and "again" in lines[1], lines
+
+
+def test_a_newer_state_replaces_one_that_could_not_be_written(tmp_path, full):
+    writer = checkpoint.Writer()
+    state = {"x": np.zeros(3)}
+    alive = weakref.ref(state["x"])
+    writer.write(tmp_path, 2, state, {}, 1)
+    del state
+    writer.wait()  # as before another copy of the state is made
+    assert alive() is None, "two copies of the state in memory"
+    writer.write(tmp_path, 3, STATE, {}, 1)
+    full.clear()
+    assert writer.finish(seconds=0.01) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_what_can_not_be_written_at_the_end_is_told_after_a_few_tries(tmp_path, full):
+    writer = checkpoint.Writer()
+    writer.write(tmp_path, 2, STATE, {}, 1)
+    assert writer.finish(tries=3, seconds=0.01) == "No space left on device"
+    writer.close()
+    assert not list(tmp_path.iterdir())

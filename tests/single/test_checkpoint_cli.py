@@ -11,7 +11,7 @@ from tests.launching import ROOT
 from toolkit import checkpoint, export
 from toolkit.cli import main
 
-POSITION = {"epoch": 2, "step": 45, "step_in_epoch": 5, "loss_sum": 1.0}
+POSITION = {"epoch": 2, "step": 45, "step_in_epoch": 5, "loss_sum": 1.0, "not_finite": 0}
 MANIFEST = {
     "framework": "torch",
     "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
@@ -38,7 +38,7 @@ STATE = {
 @pytest.fixture
 def run(tmp_path):
     for step in (30, 45):
-        checkpoint.write(tmp_path / "run", step, STATE, MANIFEST, 9)
+        checkpoint.write(tmp_path / "run", step, STATE, {**MANIFEST, "position": {**POSITION, "step": step}}, 9)
     return tmp_path / "run"
 
 

@@ -42,6 +42,8 @@ def import_python_and_numpy(state: Mapping[str, np.ndarray]) -> None:
     gauss = float(state["random/python/gauss"][0])
     random.setstate((3, tuple(state["random/python"].tolist()), None if np.isnan(gauss) else gauss))
     position, has_gauss = state["random/numpy/position"].tolist()
+    if not 0 <= position <= len(state["random/numpy"]) or has_gauss not in (0, 1):  # numpy would read beyond its array
+        raise UsageError(f"random/numpy/position is {[position, has_gauss]}: the saved state is no random state.")
     np.random.set_state(("MT19937", state["random/numpy"], position, has_gauss, float(state["random/numpy/gauss"][0])))
 
 

@@ -1,0 +1,13 @@
+"""Hypothesis' profiles: by default as many examples as a test asks for; `--hypothesis-profile=fuzz` for a long hunt."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None)
+settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=int(os.environ.get("HVDKIT_FUZZ", "20000")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
