@@ -421,8 +421,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
-        if self.world.rank == 0:
-            self._leave_directory(whole=kind is None)
+        try:
+            if self.world.rank == 0:
+                self._leave_directory(whole=kind is None)
+        finally:
+            self._signals.restore()
 
     def _leave_directory(self, whole: bool) -> None:
         """Write what is left to write, and give the directory up.

@@ -23,7 +23,12 @@ from toolkit import checkpoint, output
 
 # Of each recipe: steps in an epoch, steps between checkpoints, steps that the run has for each kill, and its options.
 _RUNS = {
-    "linear_regression": (28, 10, 350, ["--global-batch-size", "16", "--checkpoint-every", "1000", "--noise", "0.1"]),
+    "linear_regression": (
+        28,
+        10,
+        350,
+        ["--global-batch-size", "16", "--learning-rate", "0.001", "--checkpoint-every", "1000", "--noise", "0.1"],
+    ),
     "cnn": (45, 3, 90, ["--dropout", "0.2", "--shift", "1"]),
 }
 _MOMENTS = ("while it trains", "while a checkpoint is written", "while it starts")
@@ -81,7 +86,7 @@ class _Chain:
             result = launch(2, [*self.command, *self._where()], launcher=self.launcher, timeout=3600)
             drills = [drill for drill in found.values() if drill.times]
             found[_MOMENTS[1]].fault += f" ({unfinished} left in part)"
-            problems = [f"at the end: {line}" for line in _differences(straight, self.work)]
+            problems = [f"at the end: {line}" for line in differences(straight, self.work)]
             if result.returncode:
                 problems.append(f"the last resume failed: {result.stderr[-2000:]}")
             for drill in drills:
@@ -100,7 +105,7 @@ class _Chain:
             try:
                 ended = self._wait_for(moment, before, process)
                 job = marked(mark)
-                ranks = sorted(pid for pid, line in job.items() if _is_rank(pid) and self.recipe in line)
+                ranks = sorted(pid for pid, line in job.items() if is_rank(pid) and self.recipe in line)
                 victims = [self.generator.choice(ranks)] if ranks and self.generator.random() < 0.75 else list(job)
                 for pid in victims:
                     _kill(pid)
@@ -157,7 +162,7 @@ class _Chain:
             return 0
 
 
-def _differences(straight: Path, work: Path) -> list[str]:
+def differences(straight: Path, work: Path) -> list[str]:
     """What of a finished run is not as in the undisturbed one."""
     expected, found = checkpoint.newest(straight), checkpoint.newest(work)
     if expected is None or found is None:
@@ -177,7 +182,7 @@ def _differences(straight: Path, work: Path) -> list[str]:
     return problems if names[0] == names[1] else [*problems, f"files {names[1]} are not {names[0]}"]
 
 
-def _is_rank(pid: int) -> bool:
+def is_rank(pid: int) -> bool:
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:

@@ -1,0 +1,105 @@
+"""SIGTERM and SIGINT end a run with a checkpoint and the command that resumes it."""
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.drills import stops
+from tests.drills.report import table
+from tests.launching import begin, kill_marked, launch
+from toolkit import stopping
+
+BOTH = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "launcher"),
+    [
+        ("linear_regression_torch", "mpirun"),
+        pytest.param("linear_regression_torch", "horovodrun", marks=pytest.mark.long),
+        pytest.param("linear_regression_torch", "horovodrun-gloo", marks=pytest.mark.long),
+        pytest.param("cnn_torch", "none", marks=pytest.mark.long),
+        pytest.param("linear_regression_tensorflow", "mpirun", marks=pytest.mark.long),
+        pytest.param("linear_regression_keras", "mpirun", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_told_to_stop_and_resumed_is_the_undisturbed_one(recipe, launcher):
+    drills = list(stops.drills(2, recipes=[recipe], launcher=launcher, signals=BOTH, seed=3))
+    assert not drills[0].failures and drills[0].times == 2, table(drills)
+
+
+STUCK = """
+import time
+import torch
+import toolkit.adapters.torch as dp
+from toolkit.options import RunOptions, parse
+from toolkit.run import Run
+options = parse(RunOptions, None)
+world = dp.start(**options.start)
+model = torch.nn.Linear(1, 1)
+optimizer = dp.distribute(torch.optim.SGD(model.parameters()), model)
+with Run(options, world, dp, model, optimizer, 8) as run:
+    print("in the loop", flush=True)
+    time.sleep(200)
+"""
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    (tmp_path / "script.py").write_text(STUCK)
+    with tempfile.TemporaryFile("w+") as printed:
+        command = [tmp_path / "script.py", "--output", tmp_path / "run"]
+        process, mark = begin(1, command, launcher="none", printed=printed)
+        try:
+            while "in the loop" not in os.pread(printed.fileno(), 10000, 0).decode():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1.5)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 143
+        finally:
+            kill_marked(mark)
+            process.wait(60)
+        printed.seek(0)
+        assert "a second signal" in printed.read()
+
+
+def test_the_command_that_resumes_begins_with_the_launcher(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from pathlib import Path; from toolkit import stopping; print(stopping.resume_command(Path('x y'), 2))"
+    )
+    script = str(tmp_path / "script.py")
+    found = launch(1, [script, "--epochs", "3"]).stdout.split()
+    assert found[0] == "mpirun" and found[-6:] == ["--epochs", "3", "--resume", "--output", "'x", "y'"]
+    assert found[1:5] == ["-np", "1", "--oversubscribe", "--bind-to"]
+    found = launch(1, [script, "--output=z"], launcher="none").stdout.split()
+    assert found[-3:] == [script, "--output=z", "--resume"] and Path(found[0]).name.startswith("python")
+
+
+def test_signals_in_a_forked_child_are_its_own():
+    signals = stopping.Signals()
+    signals.install()
+    try:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGINT)  # which a group's Ctrl-C sends to it too
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGINT)
+        end = time.monotonic() + 20
+        while signals.received is None and time.monotonic() < end:
+            time.sleep(0.01)
+        assert signals.received == signal.SIGINT
+    finally:
+        signals.restore()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
