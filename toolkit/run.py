@@ -168,7 +168,11 @@ class Run:
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()
-        self._take_up(found)
+        try:
+            self._take_up(found)
+        except BaseException:
+            self._release_claim()
+            raise
         self._origin = self.adapter.describe(self.model)
         if self.world.rank == 0:
             self._metrics = output.Metrics(self.directory, self.step, self._check_claim)
@@ -389,8 +393,7 @@ class Run:
                 self.progress.line(f"checkpoint: {newest}" if newest else "no checkpoint was written")
         finally:
             self._writer.close()
-            if self._claim is not None:
-                self._claim.release()
+            self._release_claim()
 
     def _newest(self) -> Path | None:
         try:
@@ -401,6 +404,11 @@ class Run:
     def _check_claim(self) -> None:
         if self._claim is not None:
             self._claim.check()
+
+    def _release_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _saves_after(self, step: int) -> bool:
         every = self.options.checkpoint_steps
@@ -434,7 +442,7 @@ class Run:
                     return directory, None
                 self._check_same_run(found)
             except BaseException:
-                self._claim.release()
+                self._release_claim()
                 raise
             saved.update(found.state)
             return directory, (found.path, found.manifest, list(found.state))
