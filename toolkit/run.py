@@ -208,7 +208,11 @@ class Run:
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()
-        self._take_up(found)
+        try:
+            self._take_up(found)
+        except BaseException:
+            self._release_claim()
+            raise
         self._origin = self.adapter.describe(self.model)
         if self.world.rank == 0:
             self._metrics = output.Metrics(self.directory, self.step, self._check_claim)
@@ -444,8 +448,7 @@ class Run:
         finally:
             self._metrics.close()
             self._writer.close()
-            if self._claim is not None:
-                self._claim.release()
+            self._release_claim()
 
     def _finish_writing(self) -> None:
         failure = self._writer.finish()
@@ -464,6 +467,11 @@ class Run:
     def _check_claim(self) -> None:
         if self._claim is not None:
             self._claim.check()
+
+    def _release_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _saves_after(self, step: int) -> bool:
         every = self.options.checkpoint_steps
@@ -554,7 +562,7 @@ class Run:
                     return directory, None
                 self._check_same_run(found)
             except BaseException:
-                self._claim.release()
+                self._release_claim()
                 raise
             saved.update(found.state)
             return directory, (found.path, found.manifest, list(found.state))

@@ -85,7 +85,7 @@ def test_folds_are_resumed_each_from_where_it_stood(tmp_path):
     (tmp_path / "run" / "fold-1").mkdir()  # as of a job that was ended before its first checkpoint
     (tmp_path / "run" / "fold-1" / "metrics.jsonl").write_text("")
     _, resumed = cross_validate(tmp_path / "run", "linear_regression_torch", 2, *options, "--resume")
-    assert resumed == straight and len(list((tmp_path / "run").glob("fold-1.unsaved-*"))) == 1
+    assert resumed == straight
     _, merged = cross_validate(tmp_path / "run", "linear_regression_torch", 2, *options, "--fold", "1", "--resume")
     assert merged == straight
 
