@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 WORKERS = ROOT / "tests" / "parallel" / "workers"
-_MARK = "HVDKIT_TEST_PROCESS"
+MARK = "HVDKIT_TEST_PROCESS"
 
 
 def launch(
@@ -49,16 +49,7 @@ def launch(
         "horovodrun-gloo": [str(BIN / "horovodrun"), "-np", str(size), "--gloo", *python],
     }[launcher]
     mark = uuid.uuid4().hex
-    full = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "HOROVOD_"))},
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        **(environment or {}),
-        _MARK: mark,
-    }
+    full = {**clean_environment(), **(environment or {}), MARK: mark}
     process = subprocess.Popen(
         line,
         cwd=cwd,
@@ -80,6 +71,18 @@ def launch(
     return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment without a launcher's variables, with what all launches here need."""
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "HOROVOD_"))},
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
 def kill_marked(mark: str, grace: float = 0) -> list[str]:
     """Kill the processes that carry the mark in their environment and outlive `grace` seconds.
 
@@ -87,7 +90,7 @@ def kill_marked(mark: str, grace: float = 0) -> list[str]:
         The command lines of those that had to be killed.
     """
     end = time.monotonic() + grace
-    while (left := _marked(mark)) and time.monotonic() < end:
+    while (left := marked(mark)) and time.monotonic() < end:
         time.sleep(0.1)
     for pid in left:
         try:
@@ -97,12 +100,13 @@ def kill_marked(mark: str, grace: float = 0) -> list[str]:
     return list(left.values())
 
 
-def _marked(mark: str) -> dict[int, str]:
+def marked(mark: str) -> dict[int, str]:
+    """The processes that carry the mark in their environment, with their command lines."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                     found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             except OSError:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -13,18 +14,24 @@ from typing import Any
 
 from horovod.common.process_sets import ProcessSet, global_process_set
 
-from toolkit import tuning, world
+from toolkit import elastic, tuning, world
 from toolkit.errors import RunFailed, UsageError
 from toolkit.sharding import block
 from toolkit.tuning import Choices
 from toolkit.world import World
 
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
+_distributed = itertools.count()  # calls of distribute() since Horovod was started
 
 
 def process_set(everyone: bool = False) -> Any:
     """The workers that a collective operation is about: this worker's group, or the whole job."""
     return global_process_set if everyone else _process_sets.get("group", global_process_set)
+
+
+def collective_name() -> str:
+    """A name for an optimizer's collective operations: the i-th distribute()'s, alike on every rank."""
+    return f"gradients{next(_distributed)}"
 
 
 def root_rank() -> int:
@@ -36,12 +43,16 @@ def root_rank() -> int:
 def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int) -> tuple[World, Choices]:
     """Tune the environment, start Horovod and make this process's failures end the job.
 
+    In an elastic job it is called again, after `stop_horovod`, when the workers have changed.
+
     Returns:
         The world, and what tuning chose for the framework's threads.
 
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
+    global _distributed
+    _distributed = itertools.count()  # workers that come to an elastic job begin at 0 too
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
     if launched is None:  # one worker needs no MPI, which would look for its daemon
@@ -50,6 +61,8 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, g
     size = launched.size if launched else 1
     if not 1 <= groups <= size:
         raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
+    if groups > 1 and elastic.is_active():
+        raise UsageError("--fold-groups in an elastic job: start it without --host-discovery-script, or leave it out.")
     choices = tuning.choose_environment() if tune else Choices()
     if deterministic:
         choices = tuning.with_determinism(choices)
@@ -61,7 +74,7 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, g
     )
     hvd.init(process_sets=sets)
     here = world.from_horovod(hvd)
-    if launched is not None and launched.size != here.size:
+    if launched is not None and launched.size != here.size and not elastic.is_active():
         raise UsageError(
             f"the launcher started {launched.size} workers, but Horovod found {here.size}: "
             "start them with the mpirun or horovodrun of the MPI that Horovod was built with."
@@ -108,7 +121,8 @@ def end_job_on_exception(here: World) -> None:
         else:
             text = "".join(traceback.format_exception(kind, error, trace))
             if here.size > 1 or here.groups > 1:
-                text += f"[{here.name}] this worker failed with the error above, which ends the job.\n"
+                end = "; the others go on without it" if elastic.is_active() else ", which ends the job"
+                text += f"[{here.name}] this worker failed with the error above{end}.\n"
             sys.stderr.write(text)
             code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         sys.stdout.flush()
