@@ -87,7 +87,7 @@ class ElasticJob:
             except OSError:
                 continue
             names = [v.partition(b"=")[2].decode() for v in environ if v.startswith(b"HOROVOD_HOSTNAME=")]
-            found.update({name: pid for name in names})
+            found.update(dict.fromkeys(names, pid))
         return found
 
     def kill(self, host: str) -> float:
