@@ -42,9 +42,6 @@ def elastic(adapter: Adapter) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
     Args:
         adapter: the adapter in use.
-
-    Raises:
-        UsageError: from the decorated function: this worker's host was taken out of the job.
     """
 
     def decorate(fit: Callable[..., T]) -> Callable[..., T]:
@@ -127,11 +124,7 @@ class Membership:
         return self._failures <= _FUTILE
 
     def join_again(self, options: RunOptions) -> World:
-        """Leave the job as it was, and enter it as it is now.
-
-        Raises:
-            UsageError: this worker is not in it any more.
-        """
+        """Leave the job as it was, and enter it as it is now; a worker whose host was taken out ends here."""
         self._has_run = False
         self.adapter.stop()
         gc.collect()  # of the model before, whose hooks and graphs hold each other

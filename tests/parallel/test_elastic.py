@@ -36,15 +36,16 @@ def test_killed_joined_and_killed_again(framework, backend, size, options, tmp_p
     """Rank 0 dies, another worker comes, and rank 0 dies again: of two, the one that came has the run then."""
     recipe = ROOT / f"recipes/linear_regression_{framework}.py"
     few = size - 1
-    environment = {"KERAS_BACKEND": backend, "KILL": f"{size}:0:25,{size}:0:52", "HOLD": f"{few}:40"}
+    environment = {"KERAS_BACKEND": backend, "KILL": f"{size}:0:27,{size}:0:55", "HOLD": f"{few}:43"}
     command = [WORKERS / "elastic_cases.py", recipe, "--output", tmp_path / "run", "--commit-steps", "4", *options]
     with ElasticJob(tmp_path / "job", command, HOSTS[:size], environment=environment) as job:
         job.wait_until(lambda: f"step 24 in {tmp_path / 'run'}; {few} worker(s)" in job.printed(), "going on with less")
         job.set_hosts([*job.workers(), HOSTS[size]])
         assert job.wait() == 0, job.printed()
         printed = job.printed()
-    assert f"going on from memory at epoch 6, step 40 in {tmp_path / 'run'}; {size} worker(s)" in printed
-    assert f"going on from memory at epoch 8, step 52 in {tmp_path / 'run'}; {few} worker(s)" in printed
+    (joined,) = re.findall(rf"going on from memory at epoch \d+, step (\d+) in \S+; {size} worker", printed)
+    assert 24 <= int(joined) <= 44, "at a commit, once the news was there"
+    assert f"going on from memory at epoch 7, step 52 in {tmp_path / 'run'}; {few} worker(s)" in printed
     audits = re.findall(r"audit of epoch (\d+): 442 samples, 0 missed, 0 repeated", printed)
     assert sorted({int(epoch) for epoch in audits}) == list(range(1, EPOCHS + 1))
 

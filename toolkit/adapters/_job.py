@@ -76,6 +76,8 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, g
     sets = (
         [ProcessSet(list(range(size)[block(size, group, groups)])) for group in range(groups)] if groups > 1 else None
     )
+    if elastic.is_active():  # how long workers wait for one that has yet to import its framework, or Horovod aborts
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")
     before = _sockets()
     hvd.init(process_sets=sets)
     _connections.update(_sockets().items() - before.items())
