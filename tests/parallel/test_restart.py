@@ -21,8 +21,20 @@ def restart(*arguments, environment=None):
     return subprocess.run(line, env=whole, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(("step", "begin"), [("25", "run/step-00000014"), ("9", "from the beginning")])
-def test_killed_under_mpirun_and_the_same_to_the_bit(step, begin, tmp_path):
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """What an undisturbed run ends with."""
+    place = tmp_path_factory.mktemp("alone") / "run"
+    alone = launch(2, [RECIPE, "--output", place, *OPTIONS])
+    assert alone.returncode == 0, alone.stderr
+    return checkpoint.newest(place).state
+
+
+@pytest.mark.parametrize(
+    ("step", "begin"),
+    [("25", "run/step-00000014"), pytest.param("9", "from the beginning", marks=pytest.mark.long)],
+)
+def test_killed_under_mpirun_and_the_same_to_the_bit(step, begin, expected, tmp_path):
     """With a checkpoint and without; what a run without one has written is kept."""
     place, once = tmp_path / "run", tmp_path / "killed"
     command = [*MPIRUN, WORKERS / "elastic_cases.py", RECIPE, "--output", place, *OPTIONS]
@@ -31,9 +43,7 @@ def test_killed_under_mpirun_and_the_same_to_the_bit(step, begin, tmp_path):
     (said,) = [line for line in result.stderr.splitlines() if line.startswith("hvdkit:")]
     assert begin in said and "restart 1 of 2" in said
     assert once.exists() and len(list(tmp_path.glob("run.failed-*"))) == (begin == "from the beginning")
-    alone = launch(2, [RECIPE, "--output", tmp_path / "alone", *OPTIONS])
-    assert alone.returncode == 0, alone.stderr
-    expected, found = (checkpoint.newest(directory).state for directory in (tmp_path / "alone", place))
+    found = checkpoint.newest(place).state
     assert expected.keys() == found.keys()
     assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
 
