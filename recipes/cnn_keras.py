@@ -16,6 +16,7 @@ import numpy as np
 
 import toolkit.adapters.keras as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.elastic import elastic
 from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
@@ -52,6 +53,7 @@ def inputs(images):
     return images[..., np.newaxis]
 
 
+@elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
     model = build_model(options.dropout)
     model.set_weights(initial_weights.for_keras(initial_weights.cnn(options.seed)))

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import toolkit.adapters.tensorflow as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.elastic import elastic
 from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
@@ -61,6 +62,7 @@ def evaluate(model, data, world):
     return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
 
 
+@elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
     model = build_model(options.dropout)
     model.set_weights(initial_weights.for_keras(initial_weights.cnn(options.seed)))

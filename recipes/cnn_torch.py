@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, max_pool2d, relu
 
 import toolkit.adapters.torch as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.elastic import elastic
 from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
@@ -58,6 +59,7 @@ def evaluate(model, data, world):
     return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
 
 
+@elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
     model = CNN(options.dropout)
     weights = initial_weights.cnn(options.seed)

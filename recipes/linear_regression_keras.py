@@ -15,6 +15,7 @@ import numpy as np
 
 import toolkit.adapters.keras as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.elastic import elastic
 from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
@@ -54,6 +55,7 @@ class Metrics(keras.callbacks.Callback):
         logs.update(metrics(*self.model.get_weights(), *self.data))
 
 
+@elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
     model = keras.Sequential(
         [keras.Input((train.x.shape[1],)), keras.layers.Dropout(options.dropout), keras.layers.Dense(1)]

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 import toolkit.adapters.tensorflow as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.elastic import elastic
 from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
@@ -44,6 +45,7 @@ def metrics(weight, bias, train, test):
     return {"distance_to_least_squares": float(distance), **held_out}
 
 
+@elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
     model = tf.keras.Sequential(
         [tf.keras.Input((train.x.shape[1],)), tf.keras.layers.Dropout(options.dropout), tf.keras.layers.Dense(1)]

@@ -15,6 +15,7 @@ from torch.nn.functional import dropout
 
 import toolkit.adapters.torch as dp  # distributed
 from toolkit import datasets, initial_weights
+from toolkit.elastic import elastic
 from toolkit.folds import each_fold
 from toolkit.options import RunOptions, option, parse
 from toolkit.run import Run
@@ -45,6 +46,7 @@ def metrics(weight, bias, train, test):
     return {"distance_to_least_squares": float(distance), **held_out}
 
 
+@elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
     model = torch.nn.Linear(train.x.shape[1], 1)
     weights = initial_weights.linear(train.x.shape[1], options.seed)

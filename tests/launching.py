@@ -15,7 +15,7 @@ from typing import IO
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 WORKERS = ROOT / "tests" / "parallel" / "workers"
-_MARK = "HVDKIT_TEST_PROCESS"
+MARK = "HVDKIT_TEST_PROCESS"
 
 
 def launch(
@@ -81,16 +81,7 @@ def begin(
         "horovodrun-gloo": [str(BIN / "horovodrun"), "-np", str(size), "--gloo", *python],
     }[launcher]
     mark = uuid.uuid4().hex
-    full = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "HOROVOD_"))},
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        **(environment or {}),
-        _MARK: mark,
-    }
+    full = {**clean_environment(), **(environment or {}), MARK: mark}
     process = subprocess.Popen(
         line,
         cwd=cwd,
@@ -101,6 +92,18 @@ def begin(
         stderr=subprocess.PIPE if printed == subprocess.PIPE else subprocess.STDOUT,
     )
     return process, mark
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without a launcher's variables, with what all launches here need."""
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMIX_", "HOROVOD_"))},
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def kill_marked(mark: str, grace: float = 0) -> list[str]:
@@ -126,7 +129,7 @@ def marked(mark: str) -> dict[int, str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                if f"{_MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                     found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
             except OSError:
                 continue

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 
-from toolkit import checkpoint_cli, verify
+from toolkit import checkpoint_cli, restart, verify
 from toolkit.errors import UsageError
 
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
-    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint")
+    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint|restart")
 
     command = commands.add_parser(
         "verify",
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(function=_verify)
 
     checkpoint_cli.add_to(commands)
+    restart.add_to(commands)
     return parser
 
 

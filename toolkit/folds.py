@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, output, run
+from toolkit import checkpoint, elastic, output, run
 from toolkit.adapters import Adapter
 from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
@@ -49,6 +49,8 @@ def each_fold(
             raise UsageError("--fold and --fold-groups are about cross-validation: give --folds too.")
         yield options, train, test
         return
+    if elastic.is_active():
+        raise UsageError("--folds in an elastic job: train folds without --host-discovery-script, or leave it out.")
     if options.fold is not None and options.fold > options.folds:
         raise UsageError(f"--fold is {options.fold}: give 1 to {options.folds}, the number of --folds.")
     folds = range(options.folds) if options.fold is None else [options.fold - 1]

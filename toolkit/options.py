@@ -68,6 +68,9 @@ class RunOptions:
     keep: int = option(3, "checkpoints to keep", minimum=1)
     checkpoint_every: int = option(1, "epochs between checkpoints; the last epoch has one always", minimum=1)
     checkpoint_steps: int | None = option(None, "steps between checkpoints, besides those of epochs", minimum=1)
+    commit_steps: int = option(
+        10, "in elastic mode: steps between commits to memory, from which the run goes on", minimum=1
+    )
     print_every: int = option(1, "epochs between printed lines", minimum=1)
     max_steps: int | None = option(None, "end after this many steps; 0: with the initial state", minimum=0)
     check_sync: int | None = option(

@@ -8,14 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, output, plain, schedule
+from toolkit import checkpoint, elastic, output, plain, schedule
 from toolkit.adapters import Adapter
 from toolkit.audit import Audit
 from toolkit.claim import Claim
@@ -39,6 +39,7 @@ _FREE_OPTIONS = [
     "keep",
     "checkpoint_every",
     "checkpoint_steps",
+    "commit_steps",
     "print_every",
     "max_steps",
     "check_sync",
@@ -169,6 +170,7 @@ class Run:
         if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
             raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
         self._claim: Claim | None = None  # rank 0's, on the output directory
+        self._membership = elastic.current()
         self._writer = checkpoint.Writer(self._check_claim)
 
     @property
@@ -221,6 +223,8 @@ class Run:
         self.progress = Progress(self.world, steps, self.step, prefix)
         anew = "no checkpoint to resume yet, begun anew" if self.options.resume else "new run"
         begin = f"resumed at epoch {self.epoch}, step {self.step}" if found else anew
+        if found is not None and self._membership is not None and self._membership.commit is not None:
+            begin = f"going on from memory at epoch {self.epoch}, step {self.step}"
         self.progress.line(
             f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
             f"{self.sharding.global_batch_size} samples a step"
@@ -234,7 +238,12 @@ class Run:
             self.save()
         self._exchange()
         self._heard = False, None
-        self._signals.install()
+        if self._membership is None:
+            self._signals.install()
+        else:  # where a worker that is told to stop leaves alone
+            self._commit(interrupt=False)  # from here on every worker can hand the run to those that come
+            if found is not None and self.finished:
+                self.save()  # rank 0 may have died while it wrote it
         self._epoch_began = time.perf_counter()
         return self
 
@@ -337,6 +346,8 @@ class Run:
         self._stop_if_asked()
         if self.steps_left_in_epoch > 0 and (self.finished or self._saves_after(self.step)):
             self.save()
+        if self.steps_left_in_epoch > 0 and (self.finished or self.step % self.options.commit_steps == 0):
+            self._commit()
 
     def check_sync(self) -> None:
         """Compare all ranks' parameters, buffers and optimizer state by their digests.
@@ -388,6 +399,7 @@ class Run:
         due = self._saves_after(self.step) or self._save_is_due
         if self.finished or self.epoch % self.options.checkpoint_every == 0 or due:
             self.save()
+        self._commit()
         return row
 
     def save(self) -> None:
@@ -413,13 +425,40 @@ class Run:
         local = self.adapter.gather(self.adapter.export_local(self.model))
         counts = {"audit/counts": self._audit.counts()} if self._audit else {}
         if self.world.rank == 0:
-            state = {
-                **self.adapter.export_state(self.model, self.optimizer),
-                **_means(local),
-                **counts,
-                **{f"rank{r}/{name}": array for r, state in enumerate(local) for name, array in state.items()},
-            }
+            state = {**self._state(local), **counts}
             self._writer.write(self.directory, self.step, state, self._manifest(), self.options.keep)
+
+    def _state(self, local: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """A checkpoint's arrays, with what each rank keeps for itself."""
+        return {
+            **self.adapter.export_state(self.model, self.optimizer),
+            **_means(local),
+            **{f"rank{r}/{name}": array for r, state in enumerate(local) for name, array in state.items()},
+        }
+
+    def _commit(self, interrupt: bool = True) -> None:
+        """In an elastic job, hold a checkpoint of this moment in memory; let workers come and go here.
+
+        Args:
+            interrupt: false where they may not.
+
+        Raises:
+            HostsUpdatedInterrupt: there are other hosts than before; on every rank, with the commit made.
+        """
+        if self._membership is None:
+            return
+        self._flush()
+        counts = {"audit/counts": self._audit.counts()} if self._audit else {}
+        manifest = self._manifest()
+        # The last collective operation of a commit: who has its result knows that rank 0 has written the rows.
+        told = self.adapter.gather(
+            (self.adapter.export_local(self.model), manifest["extra"], self._membership.hosts_changed.is_set())
+        )
+        manifest["extra"] = told[0][1]
+        state = {**self._state([local for local, _, _ in told]), **counts}
+        self._membership.keep(checkpoint.Checkpoint(self.directory, manifest, state))
+        if interrupt and not self.finished and any(changed for _, _, changed in told):
+            raise elastic.hosts_updated()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -428,6 +467,8 @@ class Run:
         try:
             if self.world.rank == 0:
                 self._leave_directory(whole=kind is None)
+            if self._membership is not None and kind is None:
+                self.adapter.gather(None)  # whoever leaves before rank 0 has written could not write in its place
         finally:
             self._signals.restore()
 
@@ -551,13 +592,17 @@ class Run:
 
     def _agree_on_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
         """Rank 0 finds the output directory and what to resume; every rank gets its answer, and its own state."""
-        saved: dict[str, np.ndarray] = {}  # on rank 0
+        saved: dict[str, np.ndarray] = {}  # on the rank that has it
+        holder = self._membership.enter() if self._membership else None
 
         def decide() -> tuple[Path, tuple[Path, dict[str, Any], list[str]] | None]:
-            directory = output.choose(self.name, self.options.output, self.options.resume)
-            self._claim = output.claim(directory, self.options.resume)
+            resume = self.options.resume
+            directory = holder.directory if holder else output.choose(self.name, self.options.output, resume)
+            self._claim = output.claim(directory, resume or holder is not None)
+            if holder is not None and holder.step >= 0:
+                return directory, None
             try:
-                found = output.to_resume(directory) if self.options.resume else None
+                found = output.to_resume(directory) if resume else None
                 if found is None:
                     return directory, None
                 self._check_same_run(found)
@@ -567,13 +612,22 @@ class Run:
             saved.update(found.state)
             return directory, (found.path, found.manifest, list(found.state))
 
+        source = 0
         directory, told = output.decided_by_rank_0(self.world, self.adapter, decide)
+        if holder is not None and holder.step >= 0:
+            source = holder.rank
+            commit = self._membership.commit if self.world.rank == source and self._membership else None
+            saved.update(commit.state if commit else {})
+            told = self.adapter.gather(commit and (directory, commit.manifest, list(saved)))[source]
+            self.sharding = replace(self.sharding, global_batch_size=told[1]["global_batch_size"])
+        if self._membership is not None:
+            self._membership.directory = directory
         if told is None:
             return directory, None
         path, manifest, names = told
         state = {}
         for name in names:  # one by one: MPI sends 2 GiB at most at once
-            array = self.adapter.gather(saved.get(name))[0]
+            array = self.adapter.gather(saved.get(name))[source]
             if not name.startswith("rank") or name.startswith(f"rank{self.world.rank}/"):
                 state[name] = array
         return directory, checkpoint.Checkpoint(path, manifest, state)

@@ -120,7 +120,7 @@ def test_a_reader_that_has_seen_enough_ends_it_silently(run, action):
 
 
 def test_the_command_without_arguments_names_what_there_is(capsys):
-    for arguments, named in (([], "verify|checkpoint"), (["checkpoint"], "list|show|verify|export")):
+    for arguments, named in (([], "verify|checkpoint|restart"), (["checkpoint"], "list|show|verify|export")):
         with pytest.raises(SystemExit) as end:
             main(arguments)
         assert end.value.code == 2 and f"required: {named}" in capsys.readouterr().err

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from horovod.common.process_sets import ProcessSet, global_process_set
 
-from toolkit import tuning, world
+from toolkit import elastic, tuning, world
 from toolkit.errors import RunFailed, UsageError
 from toolkit.sharding import block
 from toolkit.tuning import Choices
 from toolkit.world import World
 
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
+_connections: dict[int, int] = {}  # in an elastic job: Horovod's sockets, see `_sockets`
+_distributed = itertools.count()  # calls of distribute() since Horovod was started
 
 
 def process_set(everyone: bool = False) -> Any:
     """The workers that a collective operation is about: this worker's group, or the whole job."""
     return global_process_set if everyone else _process_sets.get("group", global_process_set)
+
+
+def collective_name() -> str:
+    """A name for an optimizer's collective operations: the i-th distribute()'s, alike on every rank."""
+    return f"gradients{next(_distributed)}"
 
 
 def root_rank() -> int:
@@ -36,12 +47,16 @@ def root_rank() -> int:
 def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int) -> tuple[World, Choices]:
     """Tune the environment, start Horovod and make this process's failures end the job.
 
+    In an elastic job it is called again, after `stop_horovod`, when the workers have changed.
+
     Returns:
         The world, and what tuning chose for the framework's threads.
 
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
+    global _distributed
+    _distributed = itertools.count()  # workers that come to an elastic job begin at 0 too
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
     if launched is None:  # one worker needs no MPI, which would look for its daemon
@@ -50,6 +65,8 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, g
     size = launched.size if launched else 1
     if not 1 <= groups <= size:
         raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
+    if groups > 1 and elastic.is_active():
+        raise UsageError("--fold-groups in an elastic job: start it without --host-discovery-script, or leave it out.")
     choices = tuning.choose_environment() if tune else Choices()
     if deterministic:
         choices = tuning.with_determinism(choices)
@@ -59,9 +76,13 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, g
     sets = (
         [ProcessSet(list(range(size)[block(size, group, groups)])) for group in range(groups)] if groups > 1 else None
     )
+    if elastic.is_active():  # how long workers wait for one that has yet to import its framework, or Horovod aborts
+        os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")
+    before = _sockets()
     hvd.init(process_sets=sets)
+    _connections.update(_sockets().items() - before.items())
     here = world.from_horovod(hvd)
-    if launched is not None and launched.size != here.size:
+    if launched is not None and launched.size != here.size and not elastic.is_active():
         raise UsageError(
             f"the launcher started {launched.size} workers, but Horovod found {here.size}: "
             "start them with the mpirun or horovodrun of the MPI that Horovod was built with."
@@ -82,6 +103,30 @@ def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:
     if _process_sets and hvd.is_initialized():
         gather(None, all_groups=True)
     hvd.shutdown()
+    if elastic.is_active():
+        _disconnect()
+
+
+def _sockets() -> dict[int, int]:
+    """This process's sockets: descriptors to what tells them from later ones under the same number."""
+    found = {}
+    for entry in Path("/proc/self/fd").glob("*") if elastic.is_active() else ():
+        with contextlib.suppress(OSError):
+            if entry.is_socket():
+                found[int(entry.name)] = entry.stat().st_ino
+    return found
+
+
+def _disconnect() -> None:
+    """End the connections that Horovod leaves open when it was shut down after a worker's loss.
+
+    A worker that has not noticed the loss may be waiting for this one, not for the lost one: it would go on
+    waiting until Gloo's time is up, half a minute, where the end of this connection tells it at once.
+    """
+    for descriptor, _ in _sockets().items() & _connections.items():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+    _connections.clear()
 
 
 def require_started(hvd: Any) -> None:
@@ -108,7 +153,8 @@ def end_job_on_exception(here: World) -> None:
         else:
             text = "".join(traceback.format_exception(kind, error, trace))
             if here.size > 1 or here.groups > 1:
-                text += f"[{here.name}] this worker failed with the error above, which ends the job.\n"
+                end = "; the others go on without it" if elastic.is_active() else ", which ends the job"
+                text += f"[{here.name}] this worker failed with the error above{end}.\n"
             sys.stderr.write(text)
             code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         sys.stdout.flush()

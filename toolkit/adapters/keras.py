@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +31,6 @@ elif BACKEND == "torch":
 
     from toolkit.adapters import _keras_torch_ops as _ops  # type: ignore[no-redef]
     from toolkit.adapters._torch_data import torch_data as torch_data
-
-_names = (f"gradients{i}" for i in itertools.count())
 
 
 def start(
@@ -85,7 +82,7 @@ def distribute(
     _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
     if not isinstance(model, keras.Layer):
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model that the optimizer trains.")
-    averager = _ops.GradientAverager(next(_names), compression)
+    averager = _ops.GradientAverager(_job.collective_name(), compression)
     return _keras_optimizer.distribute(optimizer, model, averager, accumulation_steps, clip_norm)
 
 

@@ -6,7 +6,6 @@ The loop stays as it is, in or outside `tf.function`: `optimizer.apply_gradients
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +19,6 @@ from toolkit.adapters._tensorflow_data import Loader as Loader
 from toolkit.adapters._tensorflow_data import tf_data as tf_data
 from toolkit.errors import UsageError
 from toolkit.world import World
-
-_names = (f"gradients{i}" for i in itertools.count())
 
 
 def start(
@@ -72,7 +69,7 @@ def distribute(
     _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
     if not isinstance(model, tf.Module | keras.Layer):
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model or tf.Module that is trained.")
-    average = _tensorflow_ops.GradientAverager(next(_names), compression)
+    average = _tensorflow_ops.GradientAverager(_job.collective_name(), compression)
     return _keras_optimizer.distribute(optimizer, model, average, accumulation_steps, clip_norm)
 
 

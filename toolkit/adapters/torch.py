@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from toolkit.errors import RunFailed, UsageError
 from toolkit.world import World
 
 _HOOK = "_hvdkit_hook"  # a parameter's attribute: the optimizer that averages its gradient, and the hook
-_names = (f"gradients{i}" for i in itertools.count())  # of collectives: the i-th distribute() on every rank
 
 
 def start(
@@ -121,7 +119,7 @@ class _Distributed(torch.optim.Optimizer):
             clip_norm,
             compression,
         )
-        self._collective = next(_names)
+        self._collective = _job.collective_name()
         self._passes = 0  # backward passes since the last step
         self._passes_at_step = 0  # and how many of them the latest step() knew
         self._backward = -1  # the backward pass at whose end our callback is queued

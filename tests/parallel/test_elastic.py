@@ -1,0 +1,90 @@
+"""Under horovodrun's elastic mode workers are killed and others come: the run's result is that of one left alone."""
+
+import re
+
+import numpy as np
+import pytest
+from horovod.common.exceptions import HorovodInternalError
+
+from tests.elastic_job import HOSTS, ElasticJob
+from tests.launching import ROOT, WORKERS, launch
+from toolkit import checkpoint, output, verify
+from toolkit.elastic import Membership
+
+EPOCHS, STEPS = 12, 84
+
+
+def outcome(directory):
+    losses = [row["loss"] for row in output.read_metrics(directory, "step")]
+    weights = {n: a for n, a in checkpoint.newest(directory).state.items() if n.startswith("model/")}
+    return verify.Outcome(np.array(losses), weights, STEPS // EPOCHS)
+
+
+OPTIONS = ["--epochs", str(EPOCHS), "--learning-rate", "0.1", "--audit", "--check-sync", "5", "--print-every", "4"]
+CASES = [
+    ("torch", "tensorflow", 3),
+    pytest.param("tensorflow", "tensorflow", 2, marks=pytest.mark.long),
+    pytest.param("keras", "tensorflow", 2, marks=pytest.mark.long),
+    pytest.param("keras", "torch", 2, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("framework", "backend", "size"), CASES)
+def test_killed_joined_and_killed_again(framework, backend, size, tmp_path):
+    """Rank 0 dies, another worker comes, and rank 0 dies again: of two, the one that came has the run then."""
+    recipe = ROOT / f"recipes/linear_regression_{framework}.py"
+    few, options = size - 1, [*OPTIONS, "--batch-size", str(-(-64 // size))]  # of the start's workers: 7 steps an epoch
+    environment = {"KERAS_BACKEND": backend, "KILL": f"{size}:0:27,{size}:0:55", "HOLD": f"{few}:43"}
+    command = [WORKERS / "elastic_cases.py", recipe, "--output", tmp_path / "run", "--commit-steps", "4", *options]
+    with ElasticJob(tmp_path / "job", command, HOSTS[:size], environment=environment) as job:
+        job.wait_until(lambda: f"step 24 in {tmp_path / 'run'}; {few} worker(s)" in job.printed(), "going on with less")
+        job.set_hosts([*job.workers(), HOSTS[size]])
+        assert job.wait() == 0, job.printed()
+        printed = job.printed()
+    (joined,) = re.findall(rf"going on from memory at epoch \d+, step (\d+) in \S+; {size} worker", printed)
+    assert 24 <= int(joined) <= 44, "at a commit, once the news was there"
+    assert f"going on from memory at epoch 7, step 52 in {tmp_path / 'run'}; {few} worker(s)" in printed
+    audits = re.findall(r"audit of epoch (\d+): 442 samples, 0 missed, 0 repeated", printed)
+    assert sorted({int(epoch) for epoch in audits}) == list(range(1, EPOCHS + 1))
+
+    alone = launch(size, [recipe, "--output", tmp_path / "alone", *options], environment={"KERAS_BACKEND": backend})
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    for kind, count in (("step", STEPS), ("epoch", EPOCHS)):
+        rows = output.read_metrics(tmp_path / "run", kind)
+        assert [row[kind] for row in rows] == list(range(1, count + 1))
+    found = verify.compare(outcome(tmp_path / "alone"), outcome(tmp_path / "run"), 1e-4)
+    assert found.passes(1e-4), found
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ([ROOT / "recipes/linear_regression_torch.py", "--folds", "3"], "--folds in an elastic job"),
+        ([WORKERS / "audit_cases.py"], "decorate its fit(world, options, …) with @elastic(dp)"),
+    ],
+)
+def test_what_elastic_mode_cannot_do_is_one_line(command, named, tmp_path):
+    environment = {"HOROVOD_ELASTIC": "1", "PLANTED": ""}
+    result = launch(1, [*command, "--output", tmp_path / "run"], launcher="none", environment=environment)
+    assert result.returncode == 2 and named in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_an_error_that_no_other_worker_causes_ends_the_run():
+    """Such as gradients of other shapes on each rank: it comes back with whatever workers there are."""
+    membership = Membership(adapter=None)
+    lost = HorovodInternalError("a collective operation failed")
+    assert not membership.outlives(ValueError("Horovod is no part of this"))
+    assert [membership.outlives(lost) for _ in range(3)] == [True] * 3
+    membership.keep(commit=None)
+    assert [membership.outlives(lost) for _ in range(4)] == [True] * 3 + [False]
+
+
+def test_the_newest_commit_counts_and_of_several_the_lowest_ranks(tmp_path):
+    """A commit may have come about on some of the workers only; one that comes holds none."""
+
+    class Others:
+        def gather(self, mine):
+            return [(None, -1), (tmp_path, 30), (tmp_path, 40), (tmp_path, 40), mine]
+
+    membership = Membership(Others())
+    assert membership.enter() == (2, tmp_path, 40)

@@ -1,0 +1,41 @@
+"""A recipe as it is, whose workers kill themselves at set moments, or wait for another.
+
+    elastic_cases.py <recipe> [its options]
+
+Environment: KILL, `size:rank:step,…`: of that many workers this rank dies in the step after this one; HOLD,
+`size:step`: so many workers wait there until they hear of other hosts; ONCE: a file that lets nobody die once it is
+there, as it is after the first death; PACE: seconds that a step takes at least; STEP: a file for rank 0's step.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+from toolkit.run import Run
+
+ONCE = Path(os.environ.get("ONCE", "/nowhere"))
+KILL, HOLD = (os.environ.get(name, "").split(",") for name in ("KILL", "HOLD"))
+PACE, STEP = float(os.environ.get("PACE", "0")), os.environ.get("STEP")
+log = Run.log
+
+
+def log_or_die(self, **arguments):
+    size, rank, step = self.world.size, self.world.rank, self.step
+    if f"{size}:{rank}:{step}" in KILL and not ONCE.exists():
+        if "ONCE" in os.environ:
+            ONCE.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if f"{size}:{step}" in HOLD and rank == 0:
+        self._membership.hosts_changed.wait(120)
+    if STEP and rank == 0:
+        Path(STEP).write_text(f"{step:09}")
+    time.sleep(PACE)
+    log(self, **arguments)
+
+
+Run.log = log_or_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,191 @@
+"""Elastic training, under `horovodrun --min-np … --host-discovery-script …`: workers die and come, the run goes on.
+
+Elastic is a resume from memory. Every `--commit-steps` steps each worker keeps what a checkpoint would hold. When
+the workers change, those that are left start Horovod again, in the same process, and `fit` again, whose `Run` takes
+up the newest of these commits where a resumed run takes up a checkpoint. Workers that come run the script from its
+beginning, and meet the others there.
+
+Horovod's part is what all its frameworks share (`horovod.common.elastic`): the news of hosts, and the two exceptions.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from toolkit.adapters import Adapter
+from toolkit.checkpoint import Checkpoint
+from toolkit.errors import UsageError
+from toolkit.options import RunOptions
+from toolkit.world import World
+
+_FUTILE = 3  # failures in a row without a commit between them, after which it is not the workers' coming and going
+T = TypeVar("T")
+
+
+def is_active(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is a worker of an elastic job."""
+    return environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def elastic(adapter: Adapter) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Make `fit(world, options, …)` outlive changes of the workers; outside of an elastic job, leave it as it is.
+
+    `fit` builds model and optimizer and trains in one `Run`. It is called again, with the new world, whenever
+    workers have died or come, so what it does before its `Run` it must be able to do again.
+
+    Args:
+        adapter: the adapter in use.
+    """
+
+    def decorate(fit: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(fit)
+        def fit_elastically(world: World, options: RunOptions, *args: Any, **kwargs: Any) -> T:
+            if not is_active():
+                return fit(world, options, *args, **kwargs)
+            return _call(Membership(adapter), fit, world, options, *args, **kwargs)
+
+        return fit_elastically
+
+    return decorate
+
+
+class Holder(NamedTuple):
+    """Who has the newest commit.
+
+    Attributes:
+        rank: the worker.
+        directory: the run's.
+        step: of the commit; -1: there is none yet.
+    """
+
+    rank: int
+    directory: Path
+    step: int
+
+
+class Membership:
+    """This worker's part in an elastic job: what it holds of the run, and what it has heard of other hosts.
+
+    Attributes:
+        directory: the run's, once the workers have agreed on it.
+        commit: what this worker holds in memory; complete: all ranks' states are in it.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.directory: Path | None = None
+        self.commit: Checkpoint | None = None
+        self.hosts_changed = threading.Event()
+        self._has_run = False
+        self._failures = 0
+
+    def enter(self) -> Holder | None:
+        """Agree with the other workers on what to go on from; None: on nothing, the run is new.
+
+        The last commit may have come about on some of the workers only, so the newest counts, and of several
+        that hold it the lowest rank's.
+
+        Raises:
+            UsageError: `fit` trains a second run.
+        """
+        if self._has_run:
+            raise UsageError("elastic mode goes on with one run in fit(): train each run by a fit() of its own.")
+        self._has_run = True
+        step = self.commit.manifest["position"]["step"] if self.commit else -1
+        held = self.adapter.gather((self.directory, step))
+        holders = [Holder(rank, directory, step) for rank, (directory, step) in enumerate(held) if directory]
+        return max(holders, key=lambda holder: (holder.step, -holder.rank), default=None)
+
+    def keep(self, commit: Checkpoint) -> None:
+        """Hold this commit in place of the one before."""
+        self.commit = commit
+        self._failures = 0
+
+    def on_hosts_updated(self, timestamp: int, update: Any) -> None:
+        """Note Horovod's news, which it tells rank 0 alone, in a thread of its own."""
+        self.hosts_changed.set()
+
+    def outlives(self, error: BaseException) -> bool:
+        """Whether the run can go on after what `fit` raised, and with what is left; say so."""
+        from horovod.common.exceptions import HostsUpdatedInterrupt
+
+        if isinstance(error, HostsUpdatedInterrupt):
+            return True
+        if not _is_loss_of_a_worker(error):
+            return False
+        self._failures += 1
+        return self._failures <= _FUTILE
+
+    def join_again(self, options: RunOptions) -> World:
+        """Leave the job as it was, and enter it as it is now; a worker whose host was taken out ends here."""
+        self._has_run = False
+        self.adapter.stop()
+        gc.collect()  # of the model before, whose hooks and graphs hold each other
+        self.hosts_changed.clear()  # all that was told until now is known to the job that is joined
+        return self.adapter.start(**options.start)
+
+
+_current: list[Membership] = []  # of the fit() that runs in this process, for its Run
+
+
+def current() -> Membership | None:
+    """The membership for a `Run`; None outside of an elastic job.
+
+    Raises:
+        UsageError: the job is elastic and the script's `fit` is not decorated.
+    """
+    if is_active() and not _current:
+        raise UsageError(
+            "horovodrun was started with a host discovery script, which makes the job elastic, and the script is not: "
+            "decorate its fit(world, options, …) with @elastic(dp)."
+        )
+    return _current[-1] if _current else None
+
+
+def hosts_updated() -> Exception:
+    """What to raise, on all workers alike, where there are other hosts than before."""
+    from horovod.common.exceptions import HostsUpdatedInterrupt
+
+    return HostsUpdatedInterrupt(skip_sync=False)
+
+
+def _call(membership: Membership, fit: Callable[..., T], world: World, options: RunOptions, *args: Any, **kw: Any) -> T:
+    from horovod.common.elastic import notification_manager
+
+    notification_manager.init()
+    notification_manager.register_listener(membership)
+    _current.append(membership)
+    try:
+        while True:
+            try:
+                return fit(world, options, *args, **kw)
+            except Exception as error:
+                if not membership.outlives(error):
+                    raise
+                print(f"[{world.name}] {_told(error)}", file=sys.stderr, flush=True)
+            world = membership.join_again(options)  # out here, where nothing holds the error's frames
+    finally:
+        _current.pop()
+        notification_manager.remove_listener(membership)
+
+
+def _is_loss_of_a_worker(error: BaseException) -> bool:
+    """Whether a collective operation failed; TensorFlow tells so by errors of its own."""
+    from horovod.common.exceptions import HorovodInternalError
+
+    of_tensorflow = any(kind.__module__.startswith("tensorflow.") for kind in type(error).__mro__)
+    return isinstance(error, HorovodInternalError) or (of_tensorflow and "Horovod" in str(error))
+
+
+def _told(error: BaseException) -> str:
+    from horovod.common.exceptions import HostsUpdatedInterrupt
+
+    cause = "hosts came or went" if isinstance(error, HostsUpdatedInterrupt) else "a worker was lost"
+    return f"elastic: {cause}; going on with those that there are"
