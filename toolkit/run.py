@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, output, plain, schedule
+from toolkit import checkpoint, output, plain, schedule, watch
 from toolkit.adapters import Adapter
 from toolkit.audit import Audit
 from toolkit.errors import RunFailed, UsageError
@@ -40,6 +40,7 @@ _FREE_OPTIONS = [
     "audit",
     "fold_groups",
     "deterministic",
+    "stall_timeout",
     "no_tuning",
     "verbose",
 ]
@@ -165,6 +166,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()
+        watch.directory(self.directory)
         self._take_up(found)
         self._origin = self.adapter.describe(self.model)
         if self.world.rank == 0:
@@ -234,8 +236,10 @@ class Run:
         """
         if self.finished:
             raise RuntimeError("the run is finished: loop over run.epochs(), which then ends.")
+        watch.doing(f"loading the batch of step {self.step + 1}")
         for part, batch in batches:
             self._part = part
+            watch.doing(f"training at step {self.step + 1}")
             yield batch
             if self._part is not None:
                 raise RuntimeError("the loop did not call run.log(loss=…): call it once for each batch.")
@@ -275,6 +279,8 @@ class Run:
         # evaluation that the uninterrupted run does not have here can draw random numbers.
         if self.steps_left_in_epoch > 0 and (self.finished or self._saves_after(self.step)):
             self.save()
+        inside = self.steps_left_in_epoch > 0
+        watch.doing(f"loading the batch of step {self.step + 1}" if inside else f"ending epoch {self.epoch + 1}")
 
     def check_sync(self) -> None:
         """Compare all ranks' parameters, buffers and optimizer state by their digests.
@@ -359,6 +365,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        watch.leaving(error)
         self.progress.close()
         if self.world.rank == 0:
             self._metrics.close()
