@@ -661,6 +661,8 @@ class Spoke(_Watch):
         now = time.monotonic()
         self._look_at_myself(now)
         kind, hub = message["kind"], self._hub
+        if self._end_at is not None:  # the job has failed; this is of no more interest
+            return
         if hub.line is not None:
             hub.line.send(**message, **self._state(now))
             self._left = self._left or kind == "left"
