@@ -85,6 +85,9 @@ class RunOptions:
     deterministic: bool = option(
         False, "runs repeat to the bit with more than two workers too, whatever is reduced at the same time"
     )
+    stall_timeout: float = option(
+        300.0, "seconds after which a worker that the others wait for ends the job; 0: never", minimum=0
+    )
     no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
     verbose: bool = option(False, "print the chosen settings with their reasons")
 
@@ -101,6 +104,7 @@ class RunOptions:
             "verbose": self.verbose,
             "deterministic": self.deterministic,
             "groups": self.fold_groups,
+            "stall_timeout": self.stall_timeout,
         }
 
 

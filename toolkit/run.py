@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, elastic, output, plain, schedule
+from toolkit import checkpoint, elastic, output, plain, schedule, watch
 from toolkit.adapters import Adapter
 from toolkit.audit import Audit
 from toolkit.claim import Claim
@@ -47,6 +47,7 @@ _FREE_OPTIONS = [
     "on_nan",
     "fold_groups",
     "deterministic",
+    "stall_timeout",
     "no_tuning",
     "verbose",
 ]
@@ -210,6 +211,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()
+        watch.directory(self.directory)
         try:
             self._take_up(found)
         except BaseException:
@@ -296,8 +298,10 @@ class Run:
         """
         if self.finished:
             raise RuntimeError("the run is finished: loop over run.epochs(), which then ends.")
+        watch.doing(f"loading the batch of step {self.step + 1}")
         for part, batch in batches:
             self._part = part
+            watch.doing(f"training at step {self.step + 1}")
             yield batch
             if self._part is not None:
                 raise RuntimeError("the loop did not call run.log(loss=…): call it once for each batch.")
@@ -348,6 +352,8 @@ class Run:
             self.save()
         if self.steps_left_in_epoch > 0 and (self.finished or self.step % self.options.commit_steps == 0):
             self._commit()
+        inside = self.steps_left_in_epoch > 0
+        watch.doing(f"loading the batch of step {self.step + 1}" if inside else f"ending epoch {self.epoch + 1}")
 
     def check_sync(self) -> None:
         """Compare all ranks' parameters, buffers and optimizer state by their digests.
@@ -463,6 +469,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        watch.leaving(error)
         self.progress.close()
         try:
             if self.world.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shlex
@@ -63,6 +64,9 @@ class Signals:
                 break
             if shell and not readable and not _is_child(*shell):
                 numbers = bytes([signal.SIGTERM])
+            if self._wakeup >= 0:  # someone else listens too
+                with contextlib.suppress(OSError):
+                    os.write(self._wakeup, numbers)
             for number in numbers:
                 if number not in _WISHES:
                     continue

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 _ENVIRONMENT = {
     "OMPI_MCA_mpi_yield_when_idle": ("1", "Open MPI otherwise spins on the cores that compute"),
     "HOROVOD_CYCLE_TIME": ("0.2", "milliseconds between Horovod's looks at its queue; 1 delays small models"),
-    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": ("300", "a rank that does not come ends the job, not a night"),
 }
 
 
@@ -47,6 +46,22 @@ def choose_environment(environ: Mapping[str, str] = os.environ) -> Choices:
             chosen[name] = value
             reasons.append(f"{name}={value}: {reason}")
     return Choices(environment=chosen, reasons=tuple(reasons))
+
+
+def stall_limits(seconds: float) -> dict[str, str]:
+    """Settings with which Horovod ends a job within `seconds` of the first rank's wait for one that does not come.
+
+    Horovod looks once in the time after which it warns, in whole seconds, and only ends what has waited longer
+    than both limits at that moment.
+    """
+    if seconds == 0:
+        return {"HOROVOD_STALL_CHECK_DISABLE": "1"}
+    warning = max(1, int(seconds / 5))
+    shutdown = max(warning + 1, int(seconds) - warning)
+    return {
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(warning),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(shutdown),
+    }
 
 
 def with_determinism(choices: Choices) -> Choices:

@@ -26,6 +26,7 @@ class Adapter(Protocol):
         verbose: bool = False,
         deterministic: bool = False,
         groups: int = 1,
+        stall_timeout: float = 300.0,
     ) -> World:
         """Tune this process, start Horovod, seed the framework; also without any launcher (size 1).
 
@@ -43,6 +44,9 @@ class Adapter(Protocol):
             groups: train this many models at the same time: the workers are cut into so many groups of
                 neighbours (Horovod process sets), and the world, all functions here and everything
                 built on them are about this worker's group.
+            stall_timeout: seconds after which a worker that does not come to what the others wait in, or gives
+                no sign of life, ends the job and is named (see `toolkit.watch`); 0: never. Also given to
+                Horovod's stall inspector, where the environment does not set it.
 
         Raises:
             UsageError: the framework can't be used as it is set up (such as Keras on the jax backend),

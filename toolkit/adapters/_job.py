@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +17,8 @@ from typing import Any
 
 from horovod.common.process_sets import ProcessSet, global_process_set
 
-from toolkit import elastic, tuning, world
-from toolkit.errors import RunFailed, UsageError
+from toolkit import elastic, tuning, watch, world
+from toolkit.errors import UsageError
 from toolkit.sharding import block
 from toolkit.tuning import Choices
 from toolkit.world import World
@@ -44,7 +44,9 @@ def root_rank() -> int:
     return group.ranks[0] if group else 0
 
 
-def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int) -> tuple[World, Choices]:
+def start_horovod(
+    hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int, stall_timeout: float
+) -> tuple[World, Choices]:
     """Tune the environment, start Horovod and make this process's failures end the job.
 
     In an elastic job it is called again, after `stop_horovod`, when the workers have changed.
@@ -71,6 +73,8 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, g
     if deterministic:
         choices = tuning.with_determinism(choices)
     os.environ.update(choices.environment)
+    for name, value in tuning.stall_limits(stall_timeout).items():
+        os.environ.setdefault(name, value)
     if groups > 1:  # one that is done early waits for the others as long as it takes
         os.environ.setdefault("HOROVOD_STALL_CHECK_DISABLE", "1")
     sets = (
@@ -100,8 +104,11 @@ def start_horovod(hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, g
 
 def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:
     """Leave the job; groups leave together, as the first to leave ends the others' operations."""
+    if not watch.stop():
+        return
     if _process_sets and hvd.is_initialized():
-        gather(None, all_groups=True)
+        with watch.waiting("stop() of all groups"):
+            gather(None, all_groups=True)
     hvd.shutdown()
     if elastic.is_active():
         _disconnect()
@@ -129,6 +136,20 @@ def _disconnect() -> None:
     _connections.clear()
 
 
+def begin_watch(hvd: Any, here: World, gather: Callable[..., Any], timeout: float) -> None:
+    """Have the workers watch over each other; the last thing that an adapter's `start` does."""
+    watch.start(
+        here,
+        rank=hvd.rank(),
+        size=hvd.size(),
+        hosts_alike=hvd.local_size() == hvd.size(),
+        gather=lambda value: gather(value, all_groups=True),
+        timeout=timeout,
+        waits=os.environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") != "0",
+    )
+    atexit.register(watch.at_exit, hvd.shutdown)  # before Horovod's own, which was registered earlier
+
+
 def require_started(hvd: Any) -> None:
     """Raise `UsageError` where `start()` was not called yet."""
     if not hvd.is_initialized():
@@ -139,26 +160,11 @@ def end_job_on_exception(here: World) -> None:
     """Make an uncaught exception in this process end the whole job, naming this rank.
 
     The process leaves without Horovod's and MPI's shutdown, which would wait for the other ranks;
-    its exit code makes the launcher end those.
+    its exit code makes the launcher end those that the watch does not.
     """
+    watch.belongs_to(here)
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, UsageError | RunFailed):
-            if here.rank > 0 or here.group > 0:
-                # What all ranks share is told once: rank 0's exit ends the others in this time.
-                time.sleep(5)
-            prefix = f"[{here.name}] " if here.rank > 0 or here.groups > 1 else ""
-            print(f"{prefix}error: {error}", file=sys.stderr)
-            code = 2 if issubclass(kind, UsageError) else 1
-        else:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            if here.size > 1 or here.groups > 1:
-                end = "; the others go on without it" if elastic.is_active() else ", which ends the job"
-                text += f"[{here.name}] this worker failed with the error above{end}.\n"
-            sys.stderr.write(text)
-            code = 130 if issubclass(kind, KeyboardInterrupt) else 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        watch.fail(error, "".join(traceback.format_exception(kind, error, trace)))
 
     sys.excepthook = excepthook

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from toolkit import watch
 from toolkit.errors import UsageError
 from toolkit.run import Batch, Run
 
@@ -166,6 +167,7 @@ class RunCallback(keras.callbacks.Callback):
         if self._random is not None:
             import_random(self._random)
             self._random = None
+        watch.doing(f"training at step {self._run.step + 1}, or loading its batch")
         self.model.optimizer.learning_rate = self._run.learning_rate()
         for metric in self.model.metrics:
             if metric.name == "loss":

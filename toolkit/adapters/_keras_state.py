@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras.src.random.seed_generator import global_seed_generator
 
+from toolkit import watch
 from toolkit.adapters import _keras_optimizer, _shared
 from toolkit.errors import UsageError
 
@@ -81,7 +82,8 @@ def broadcast_state(model: Any, optimizer: Any, hvd: Any, root: int, process_set
     """`Adapter.broadcast_state` from the rank `root` of the whole job to those of a process set."""
     check_built(model)
     state = export_state(model, optimizer) if hvd.rank() == root else None
-    state = hvd.broadcast_object(state, root, name="hvdkit.state", process_set=process_set)
+    with watch.waiting("broadcast_state()"):
+        state = hvd.broadcast_object(state, root, name="hvdkit.state", process_set=process_set)
     if hvd.rank() != root:
         import_state(model, optimizer, state)
 

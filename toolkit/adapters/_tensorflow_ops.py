@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from toolkit import watch
 from toolkit.adapters import _job
 from toolkit.errors import UsageError
 
@@ -30,12 +32,15 @@ def set_threads(threads: int) -> None:
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
     """The sum of a float64 vector over all ranks."""
-    return hvd.allreduce(tf.constant(vector), op=hvd.Sum, name="hvdkit.sum", process_set=_job.process_set()).numpy()
+    values, ranks = tf.constant(vector), _job.process_set()
+    with watch.waiting("average()"):
+        return hvd.allreduce(values, op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()
 
 
 def gather(value: Any, process_set: Any) -> list[Any]:
     """Every rank's value, in rank order."""
-    return hvd.allgather_object(value, name="hvdkit.gather", process_set=process_set)
+    with watch.waiting("gather()"):
+        return hvd.allgather_object(value, name="hvdkit.gather", process_set=process_set)
 
 
 def be_deterministic() -> None:
@@ -129,9 +134,10 @@ class GradientAverager:
             if dtype == carrier:
                 packed.append(tf.cast(exchange.flag, dtype))
             name = f"{self._name}.{dtype.name}"
-            reduced = hvd.grouped_allreduce(
-                packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=_job.process_set()
-            )
+            with watch.waiting(name) if tf.executing_eagerly() else contextlib.nullcontext():
+                reduced = hvd.grouped_allreduce(
+                    packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=_job.process_set()
+                )
             if dtype == carrier:
                 exchange.heard.assign_add(tf.cast(reduced.pop(), tf.float32))
             for i, mean in zip(indices, reduced, strict=True):
@@ -184,7 +190,8 @@ class GradientAverager:
 
     def _agree(self, kinds: list[int]) -> list[int]:
         local, name = tf.constant(kinds, tf.int32), f"{self._name}.kinds"
-        return hvd.allreduce(local, op=hvd.Max, name=name, process_set=_job.process_set()).numpy().tolist()
+        with watch.waiting(name):
+            return hvd.allreduce(local, op=hvd.Max, name=name, process_set=_job.process_set()).numpy().tolist()
 
     def _wire_dtype(self, variable: Any) -> tf.DType:
         dtype = tf.as_dtype(variable.dtype)

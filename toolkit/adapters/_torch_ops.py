@@ -11,6 +11,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
+from toolkit import watch
 from toolkit.adapters import _job
 
 COMPRESSORS = {"none": hvd.Compression.none, "fp16": hvd.Compression.fp16}
@@ -93,7 +94,8 @@ def average_gradients(
     ]
     packed = [COMPRESSORS[compression].compress(g) for g in dense]
     tensors = [present, *(tensor for tensor, _ in packed)]
-    reduced = hvd.grouped_allreduce(tensors, name=name, op=hvd.Average, process_set=_job.process_set())
+    with watch.waiting(name):
+        reduced = hvd.grouped_allreduce(tensors, name=name, op=hvd.Average, process_set=_job.process_set())
     *present, heard = reduced[0].tolist()
     _exchange.heard |= heard > 0
     dense_means = iter(
@@ -118,8 +120,9 @@ def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, name
     gradient = gradient.coalesce()
     # Horovod gathers along the first dimension, which may differ in length between ranks.
     ranks = _job.process_set()
-    indices = hvd.allgather(gradient.indices().t().contiguous(), f"{name}.indices", ranks)
-    values = hvd.allgather(_wire(gradient.values()), f"{name}.values", ranks)
+    with watch.waiting(name):
+        indices = hvd.allgather(gradient.indices().t().contiguous(), f"{name}.indices", ranks)
+        values = hvd.allgather(_wire(gradient.values()), f"{name}.values", ranks)
     mean = torch.sparse_coo_tensor(indices.t(), values / ranks.size(), parameter.shape, check_invariants=True)
     return mean.coalesce()
 
@@ -127,14 +130,16 @@ def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, name
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
     """The sum of a float64 vector over all ranks."""
     ranks = _job.process_set()
-    return hvd.allreduce(torch.from_numpy(vector), op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()
+    with watch.waiting("average()"):
+        return hvd.allreduce(torch.from_numpy(vector), op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()
 
 
 def gather(value: Any, process_set: Any) -> list[Any]:
     """Every rank's value, in rank order; Horovod's own function for it knows no process sets."""
     data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    lengths = hvd.allgather(torch.tensor([len(data)]), "hvdkit.gather.lengths", process_set)
-    gathered = hvd.allgather(data, "hvdkit.gather", process_set)
+    with watch.waiting("gather()"):
+        lengths = hvd.allgather(torch.tensor([len(data)]), "hvdkit.gather.lengths", process_set)
+        gathered = hvd.allgather(data, "hvdkit.gather", process_set)
     return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(lengths.tolist())]
 
 

@@ -10,6 +10,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
+from toolkit import watch
 from toolkit.adapters import _job, _shared, _torch_fit, _torch_ops
 
 _PARTS = ("model/", "optimizer/")
@@ -17,6 +18,11 @@ _PARTS = ("model/", "optimizer/")
 
 def broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
     """Give every rank rank 0's parameters, buffers and optimizer state."""
+    with watch.waiting("broadcast_state()"):
+        _broadcast_state(model, optimizer)
+
+
+def _broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
     root, process_set = _job.root_rank(), _job.process_set()
     for name, tensor in _model_tensors(model).items():
         wire = tensor.detach().contiguous()

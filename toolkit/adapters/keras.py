@@ -40,17 +40,26 @@ def start(
     verbose: bool = False,
     deterministic: bool = False,
     groups: int = 1,
+    stall_timeout: float = 300.0,
 ) -> World:
     """See `toolkit.adapters.Adapter.start`; comes before the backend's first operation, which fixes its threads."""
     _job.end_job_on_exception(World())
     _check_backend()
-    here, choices = _job.start_horovod(hvd, tune=tune, verbose=verbose, deterministic=deterministic, groups=groups)
+    here, choices = _job.start_horovod(
+        hvd,
+        tune=tune,
+        verbose=verbose,
+        deterministic=deterministic,
+        groups=groups,
+        stall_timeout=stall_timeout,
+    )
     if deterministic:
         _ops.be_deterministic()
     if choices.threads:
         _ops.set_threads(choices.threads)
     keras.utils.set_random_seed(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 
 

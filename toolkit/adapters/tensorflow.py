@@ -28,6 +28,7 @@ def start(
     verbose: bool = False,
     deterministic: bool = False,
     groups: int = 1,
+    stall_timeout: float = 300.0,
 ) -> World:
     """See `toolkit.adapters.Adapter.start`; comes before TensorFlow's first operation, which fixes its threads."""
     _job.end_job_on_exception(World())
@@ -36,13 +37,21 @@ def start(
             f"TensorFlow's optimizers are Keras', which runs on {keras.backend.backend()} here: "
             "set KERAS_BACKEND=tensorflow."
         )
-    here, choices = _job.start_horovod(hvd, tune=tune, verbose=verbose, deterministic=deterministic, groups=groups)
+    here, choices = _job.start_horovod(
+        hvd,
+        tune=tune,
+        verbose=verbose,
+        deterministic=deterministic,
+        groups=groups,
+        stall_timeout=stall_timeout,
+    )
     if deterministic:
         _tensorflow_ops.be_deterministic()
     if choices.threads:
         _tensorflow_ops.set_threads(choices.threads)
     keras.utils.set_random_seed(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 
 

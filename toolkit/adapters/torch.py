@@ -24,15 +24,24 @@ def start(
     verbose: bool = False,
     deterministic: bool = False,
     groups: int = 1,
+    stall_timeout: float = 300.0,
 ) -> World:
     """See `toolkit.adapters.Adapter.start`."""
-    here, choices = _job.start_horovod(hvd, tune=tune, verbose=verbose, deterministic=deterministic, groups=groups)
+    here, choices = _job.start_horovod(
+        hvd,
+        tune=tune,
+        verbose=verbose,
+        deterministic=deterministic,
+        groups=groups,
+        stall_timeout=stall_timeout,
+    )
     if deterministic:
         _torch_ops.be_deterministic()
     if choices.threads:
         torch.set_num_threads(choices.threads)
     torch.manual_seed(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 
 

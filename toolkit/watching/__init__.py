@@ -1,0 +1,1 @@
+"""What `toolkit.watch` is made of."""

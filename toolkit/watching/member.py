@@ -1,0 +1,289 @@
+"""A worker as the others know it, and what rank 0's and the others' watching threads share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import selectors
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolkit.watching.diagnosis import go_on
+from toolkit.watching.lines import Line
+from toolkit.watching.verdict import Verdict, mute, say
+from toolkit.world import World
+
+BEAT = 1.0  # seconds between two signs of life of a worker, for up to 128 of them
+SHARED = 5.0  # seconds in which an error that all ranks raise alike is expected from the lowest of them
+LAST = 3.0  # seconds after which a worker ends by itself that knows the job has failed
+
+
+class Here:
+    """What this worker does, for the others to be told; written by the main thread, read by the watch."""
+
+    doing = ""
+    waiting: tuple[str, float] | None = None  # in which operation of all ranks, since when
+    directory: Path | None = None
+    world = World()
+    stopped = False
+    exit_code: int | None = None  # of a sys.exit() that left the run
+
+
+@dataclass
+class Member:
+    """A worker, as the others know it.
+
+    Attributes:
+        rank: in the whole job.
+        name: as messages name it.
+        world_rank: within its group.
+        group: its group.
+        host: its host name.
+        pid: its process, on its host.
+        line: the connection to it; None where there is none yet, or no more.
+        heard: when it last gave a sign of life.
+        doing: what it did then, and `doing_since`.
+        waiting: the operation that it waited in then, or "", and `waiting_since`.
+        directory: where its run writes, or "".
+        left: how it left the job, or "".
+        error: what it got because another had ended, or "".
+        shared: an error that all ranks raise alike.
+        stack: where its code stood when it was asked.
+    """
+
+    rank: int
+    name: str
+    world_rank: int
+    group: int
+    host: str
+    pid: int
+    line: Line | None = None
+    heard: float = 0.0
+    doing: str = ""
+    doing_since: float = 0.0
+    waiting: str = ""
+    waiting_since: float = 0.0
+    directory: str = ""
+    left: str = ""
+    error: str = ""
+    shared: dict[str, Any] = field(default_factory=dict)
+    stack: str = ""
+    warned: bool = False
+
+    def verdict(self, cause: str, **more: Any) -> Verdict:
+        """A verdict about this worker."""
+        return Verdict(cause, self.name, self.world_rank, self.host, group=self.group, **more)
+
+    def status(self, now: float) -> str:
+        """What it does, in words."""
+        if self.waiting:
+            return f"waits in {self.waiting} for {now - self.waiting_since:.0f} s{when(self)}"
+        return f"is {self.doing or 'at work'} for {now - self.doing_since:.0f} s"
+
+
+class Watch(threading.Thread):
+    """What rank 0's and the others' watches share: the thread, and the way from the main thread to it.
+
+    Args:
+        me: this worker.
+        members: all workers, in rank order.
+        key: the job's.
+        timeout: seconds without a sign of life, or in an operation that some do not come to, after which the
+            job ends; 0: never.
+    """
+
+    def __init__(self, me: Member, members: list[Member], key: bytes, timeout: float) -> None:
+        super().__init__(name="hvdkit-watch", daemon=True)
+        self.me, self.members, self.key, self.timeout = me, members, key, timeout
+        self.beat = max(BEAT, len(members) / 128)
+        self.selector = selectors.DefaultSelector()
+        self.over = threading.Event()  # nothing more will be said
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._bell, self._wake = socket.socketpair()
+        self._bell.setblocking(False)
+        self._wake.setblocking(False)
+        self.selector.register(self._bell, selectors.EVENT_READ, self._rung)
+        self._signalled: tuple[float, int] | None = None
+        self._pid = os.getpid()
+        self._next_beat = self._last_tick = now = time.monotonic()
+        self._woke = -LAST
+        for member in members:
+            member.heard = member.doing_since = now
+
+    # --- the main thread's side
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread to tell; none in a forked process."""
+        return self._pid == os.getpid() and self.is_alive() and not self.over.is_set()
+
+    def tell(self, **message: Any) -> None:
+        """Hand a message of this worker to the thread."""
+        self._inbox.put(message)
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\0")
+
+    def hear_signals(self) -> None:
+        """Have Python tell the thread of signals, also while the main thread is stuck."""
+        with contextlib.suppress(ValueError):  # not in the main thread
+            earlier = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+            if earlier != -1:
+                signal.set_wakeup_fd(earlier)
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, self._terminated)
+
+    def _terminated(self, number: int, frame: Any) -> None:
+        """End by SIGTERM, but let the thread say first why, where the launcher sends it on account of a failure."""
+        signal.signal(number, signal.SIG_DFL)
+        if self.alive:
+            self.over.wait(1)
+        os.kill(os.getpid(), number)
+
+    def close_in_child(self) -> None:
+        """Close what a forked process has of the sockets: the others must see this process's end."""
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+        self.close()
+
+    # --- the thread
+
+    def _rung(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in self._bell.recv(4096):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self._signalled = time.monotonic(), number
+
+    def stopped_by_signal(self) -> bool:
+        """Whether the whole job has just been told to stop, so that workers' ends are no news.
+
+        A launcher sends SIGTERM on account of a worker's end too, in the same moment.
+        """
+        return self._signalled is not None and 0.3 < time.monotonic() - self._signalled[0] < 10
+
+    def run(self) -> None:
+        """Until the job is over."""
+        try:
+            while not self.over.is_set():
+                for key, _ in self.selector.select(timeout=max(0.0, min(0.25, self._next_beat - time.monotonic()))):
+                    key.data()
+                while not self._inbox.empty():
+                    self.told(self._inbox.get())
+                self._tick()
+        except Exception:  # noqa: BLE001 - training goes on without a watch
+            say(f"[{self.me.name}] warning: this worker is no longer watched:\n{traceback.format_exc()}")
+        self.over.set()
+        self.close()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._was_stopped(now):  # the silence was this process's own
+            for member in self.members:
+                member.heard += now - self._last_tick
+            self._woke = now
+        self._last_tick = now
+        self._look_at_myself(now)
+        if now >= self._next_beat:
+            self._next_beat = now + self.beat
+            self.beat_now(now)
+        self.look(now)
+
+    def _was_stopped(self, now: float) -> bool:
+        return now - self._last_tick > max(3.0, 2 * self.beat)
+
+    def _missed_the_end(self) -> bool:
+        """Whether this process has just gone on after a stop: those that are gone by now have ended on its account."""
+        now = time.monotonic()
+        return self._was_stopped(now) or now - self._woke < LAST
+
+    def _look_at_myself(self, now: float) -> None:
+        me, waits = self.me, Here.waiting
+        me.heard = now
+        if me.doing != Here.doing:
+            me.doing, me.doing_since = Here.doing, now
+        me.waiting, me.waiting_since = waits or ("", 0.0)
+        me.directory = str(Here.directory or "")
+
+    def told(self, message: dict[str, Any]) -> None:
+        """Take a message of this worker's main thread."""
+        raise NotImplementedError
+
+    def beat_now(self, now: float) -> None:
+        """Give a sign of life."""
+        raise NotImplementedError
+
+    def look(self, now: float) -> None:
+        """Look whether something has gone wrong."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the connections."""
+        for key in list(self.selector.get_map().values()):
+            with contextlib.suppress(OSError):
+                key.fileobj.close()  # type: ignore[union-attr]
+
+    def warn(self, text: str) -> None:
+        """Print a line on this worker."""
+        say(f"[{self.me.name}] warning: {text}\n")
+
+    def report(self, verdict: Verdict, directory: str = "") -> None:
+        """Print the verdict and write its file."""
+        say(verdict.text)
+        place = Path(directory) if directory else Here.directory
+        verdict.write(place if place is not None and place.is_dir() else Here.directory)
+        mute()
+
+    def wake(self, member: Member) -> None:
+        """Have a stopped worker of this host go on, and see the end."""
+        if member.host == self.me.host:
+            go_on(member.pid)
+
+    def drop(self, line: Line) -> None:
+        """Close a connection."""
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(line.socket)
+        line.close()
+
+
+def failure(member: Member, message: dict[str, Any]) -> Verdict:
+    """The verdict about an exception that a worker has sent."""
+    code = message.get("code")
+    exception, trace = message.get("exception"), message.get("traceback")
+    return member.verdict(
+        str(message.get("cause")),
+        exception=None if exception is None else str(exception),
+        traceback=None if trace is None else str(trace),
+        code=code if isinstance(code, int) and 0 < code < 256 else 1,
+        kept=bool(message.get("kept", True)),
+        shown=str(message.get("shown", "")),
+    )
+
+
+def deputies(members: Sequence[Member]) -> list[int]:
+    """Who speaks when rank 0 is lost: the lowest rank that is there, and the lowest on another host."""
+    there = [m for m in members[1:] if not m.left and (m.line is not None or members[0].line is None)]
+    far = [m for m in there if m.host != members[0].host]
+    return list(dict.fromkeys(m.rank for m in [*there[:1], *far[:1]])) or [1]
+
+
+def when(worker: Member | type[Here]) -> str:
+    """What a worker did, where a run tells it."""
+    return f" when {worker.doing}" if worker.doing else ""
+
+
+def waits_for(worker: Member) -> str:
+    """What a worker waits for: in a compiled step there is no telling but that it is the gradients' averaging."""
+    gradients = "the gradients' averaging" if worker.doing.startswith("training") else "an operation of all"
+    return (worker.waiting or gradients) + when(worker)
+
+
+def seconds(value: Any) -> float:
+    """A number from a message; 0 where it is none."""
+    return float(value) if isinstance(value, int | float) else 0.0
