@@ -278,6 +278,7 @@ saved = st.recursive(
 @example({"#pairs": [1]})
 @example({"#pairs": [[[1], 2]]})
 @example({"#pairs": [[1, 2, 3]]})
+@example({"#pairs": [[]]})
 def test_no_saved_value_does_more_than_be_refused(value):
     try:
         plain.decode(value)
