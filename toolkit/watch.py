@@ -83,7 +83,7 @@ def start(
         waits: warn of operations that some do not come to, where Horovod itself does not.
     """
     global _watch
-    Here.world = world
+    Here.world, Here.stopped = world, False
     if size == 1 or os.environ.get("HOROVOD_ELASTIC") == "1":  # Horovod's elastic driver goes on without the lost
         return
     listener = listen(hosts_alike) if rank == 0 else None

@@ -10,7 +10,7 @@ from tests.drills.report import Drill
 from tests.faults import harm
 
 LAUNCHERS = ("mpirun", "horovodrun", "horovodrun-gloo")
-STALL_TIMEOUT = 5.0
+STALL_TIMEOUT = 8.0
 # What is done, where, and the words that our last line must have. Before Horovod starts the launcher has the word.
 FAULTS = {
     "exception in a step": ("raise", "step", "OSError: the disk of this rank is gone"),
@@ -35,7 +35,7 @@ def drills(
 ) -> Iterator[Drill]:
     """Every fault on every launcher and framework, `times` each, on ranks in turn; two workers.
 
-    The seconds of a stall count from the fault, with a --stall-timeout of 5 s; of the others all must be gone in 10 s.
+    The seconds of a stall count from the fault, with a --stall-timeout of 8 s; of the others all must be gone in 10 s.
     """
     for fault in faults:
         for launcher in launchers:
