@@ -26,7 +26,7 @@ FRAMEWORK ?= $(firstword $(buildable))
 
 refuse_unless = $(if $(filter $(2),$($(1))),,$(error $(1)=$($(1)): choose $(3)))
 
-ifneq ($(filter setup train test test-all lint proof bench,$(MAKECMDGOALS)),)
+ifneq ($(filter setup train test test-all lint proof bench drills,$(MAKECMDGOALS)),)
   $(foreach name,$(filter-out torch tensorflow keras,$(wanted)),\
     $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
   $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
@@ -53,7 +53,7 @@ endif
 
 # --- targets
 
-.PHONY: help setup train test test-all lint proof bench
+.PHONY: help setup train test test-all lint proof bench drills
 
 help:
 	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
@@ -64,6 +64,7 @@ help:
 	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
 	@echo 'make bench   what checkpoints, checks and --deterministic cost: some minutes'
+	@echo 'make drills  kill, stop, stall and corrupt real runs, and tell what came of it: some hours; ARGS="--share 0.1"'
 	@echo 'make lint    ruff and mypy'
 
 extras := $(subst $(space),$(comma),$(strip $(wanted) recipes test horovod-build $(if $(filter pypi,$(MPI)),mpi)))
@@ -111,6 +112,9 @@ test-all: lint
 
 proof: setup
 	@source $(VENV)/bin/activate && python tests/proof.py $(ARGS)
+
+drills: setup
+	@source $(VENV)/bin/activate && python -m tests.drills $(ARGS)
 
 bench: setup
 	@source $(VENV)/bin/activate && python tests/benchmarks/exactness.py $(ARGS)

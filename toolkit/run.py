@@ -207,7 +207,7 @@ class Run:
         """
         if not self.finished:
             self._hear(None)
-            self._stop_if_asked()
+        self._stop_if_asked()
 
     def __enter__(self) -> Run:
         self.directory, found = self._agree_on_directory()

@@ -24,10 +24,10 @@ from toolkit import checkpoint
 _RUNS = {
     "linear_regression": (
         28,
-        500,
+        3000,
         ["--global-batch-size", "16", "--learning-rate", "0.001", "--checkpoint-every", "1000", "--noise", "0.1"],
     ),
-    "cnn": (45, 90, ["--dropout", "0.2", "--shift", "1", "--checkpoint-every", "1000"]),
+    "cnn": (45, 500, ["--dropout", "0.2", "--shift", "1", "--checkpoint-every", "1000"]),
 }
 _LONGEST = 120  # seconds
 

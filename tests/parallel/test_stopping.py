@@ -11,7 +11,7 @@ import pytest
 from tests.drills import stops
 from tests.drills.report import table
 from tests.launching import begin, kill_marked, launch
-from toolkit import stopping
+from toolkit import checkpoint, stopping
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,6 +30,70 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 def test_a_run_told_to_stop_and_resumed_is_the_undisturbed_one(recipe, launcher):
     drills = list(stops.drills(2, recipes=[recipe], launcher=launcher, signals=BOTH, seed=3))
     assert not drills[0].failures and drills[0].times == 2, table(drills)
+
+
+AT_A_STEP = """
+import os, signal, sys, time
+import torch
+import toolkit.adapters.torch as dp
+from toolkit.datasets import Split
+from toolkit.options import RunOptions, parse
+from toolkit.run import Run
+moment = sys.argv.pop(1)
+options = parse(RunOptions, None)
+world = dp.start(**options.start)
+model = torch.nn.Linear(1, 1)
+optimizer = dp.distribute(torch.optim.SGD(model.parameters()), model)
+data = Split(torch.rand(16, 1).numpy(), torch.rand(16, 1).numpy())
+
+def told(now):
+    if now == moment:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+
+with Run(options, world, dp, model, optimizer, 16) as run:
+    told("before the first step")
+    for _ in run.epochs():
+        for batch in run.batches(data):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(torch.from_numpy(batch.x)), torch.from_numpy(batch.y)).backward()
+            optimizer.step()
+            told(f"step {run.step}")
+            run.log(loss=0.0)
+        told(f"evaluation {run.epoch}")
+        run.end_epoch()
+dp.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "step"),
+    [
+        ("before the first step", 0),
+        ("step 2", 4),  # so that the agreement falls on the epoch's last step
+        ("evaluation 0", 4),
+        pytest.param("step 0", 2, marks=pytest.mark.long),
+        pytest.param("step 3", 4, marks=pytest.mark.long),
+        pytest.param("evaluation 2", 12, marks=pytest.mark.long),  # nothing is left to stop
+    ],
+)
+def test_whenever_it_is_told(moment, step, tmp_path):
+    (tmp_path / "script.py").write_text(AT_A_STEP)
+    command = [
+        tmp_path / "script.py",
+        moment,
+        "--epochs",
+        "3",
+        "--global-batch-size",
+        "4",
+        "--output",
+        tmp_path / "run",
+    ]
+    result = launch(1, command, launcher="none")
+    assert result.returncode == (0 if step == 12 else 143), result.stderr
+    assert (f"after step {step}; to go on: " in result.stdout) == (step < 12), result.stdout
+    found = checkpoint.newest(tmp_path / "run")
+    assert found is not None and found.manifest["step"] == step
 
 
 STUCK = """

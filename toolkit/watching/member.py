@@ -226,6 +226,8 @@ class Watch(threading.Thread):
     def close(self) -> None:
         """Close the connections."""
         for key in list(self.selector.get_map().values()):
+            if key.fileobj is self._bell and os.getpid() == self._pid:
+                continue  # Python goes on to ring it, and complains where it can't
             with contextlib.suppress(OSError):
                 key.fileobj.close()  # type: ignore[union-attr]
 
