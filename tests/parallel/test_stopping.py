@@ -79,17 +79,8 @@ dp.stop()
 )
 def test_whenever_it_is_told(moment, step, tmp_path):
     (tmp_path / "script.py").write_text(AT_A_STEP)
-    command = [
-        tmp_path / "script.py",
-        moment,
-        "--epochs",
-        "3",
-        "--global-batch-size",
-        "4",
-        "--output",
-        tmp_path / "run",
-    ]
-    result = launch(1, command, launcher="none")
+    options = ["--epochs", "3", "--global-batch-size", "4", "--output", tmp_path / "run"]
+    result = launch(1, [tmp_path / "script.py", moment, *options], launcher="none")
     assert result.returncode == (0 if step == 12 else 143), result.stderr
     assert (f"after step {step}; to go on: " in result.stdout) == (step < 12), result.stdout
     found = checkpoint.newest(tmp_path / "run")
