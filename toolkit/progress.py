@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any, TextIO
@@ -57,8 +58,9 @@ class Progress:
         if self._bar is not None:
             self._bar.clear()
         # In one write: a launcher may put a tag before each piece that it reads.
-        sys.stdout.write((text.ljust(_WIDTH) if self._bar is not None else text) + "\n")
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # whoever read it has gone, such as a launcher told to stop
+            sys.stdout.write((text.ljust(_WIDTH) if self._bar is not None else text) + "\n")
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Remove the bar."""

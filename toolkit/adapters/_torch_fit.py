@@ -86,6 +86,10 @@ def _states(
     yield from (f"{n} is not in this optimizer" for n in saved if n.startswith(_STATE) and n not in placed)
 
 
+# Of torch's own optimizers, what has the parameter's shape; other states may be a number, such as `step`.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum")
+
+
 def _unlike_parameter(p: torch.Tensor, kept: Mapping[str, np.ndarray], flat: int) -> Iterator[str]:
     """A state tensor is a number, has the parameter's shape (Adafactor: 1 in places), or is flat over all (LBFGS)."""
     dtype = _numpy_dtype(p)
@@ -94,6 +98,8 @@ def _unlike_parameter(p: torch.Tensor, kept: Mapping[str, np.ndarray], flat: int
             n in (1, m) for n, m in zip(array.shape[::-1], tuple(p.shape)[::-1], strict=False)
         )
         fits = broadcasts and math.prod(array.shape) <= p.numel() or array.shape == (flat,)
+        if array.ndim == 0 < p.ndim and name.rpartition("/")[2] in _MOMENTS:
+            fits = False
         if not fits or (array.ndim > 0 and array.dtype != dtype):
             yield (f"{name} is {array.dtype}{list(array.shape)} where the parameter is {dtype}{list(p.shape)}")
 

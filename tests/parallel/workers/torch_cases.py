@@ -189,6 +189,7 @@ MISFITS = {
     "wrong shape deep in the state": {"optimizer/state/first.bias/exp_avg": np.zeros(6, "f4")},
     "a shape that only broadcasts over": {"optimizer/state/first.bias/exp_avg": np.zeros((5, 5), "f4")},
     "another dtype": {"optimizer/state/first.bias/exp_avg": np.zeros(5, "f8")},
+    "a number where the parameter has a shape": {"optimizer/state/first.bias/exp_avg": np.zeros((), "f4")},
     "an extra tensor": {"optimizer/state/first.bias/more": np.zeros(5, "f4")},
     "a tensor missing of one parameter": {"optimizer/state/first.bias/exp_avg": None},
     "an unknown parameter": {"optimizer/state/third.bias/exp_avg": np.zeros(5, "f4")},
