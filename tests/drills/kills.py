@@ -26,10 +26,10 @@ _RUNS = {
     "linear_regression": (
         28,
         10,
-        350,
+        1500,
         ["--global-batch-size", "16", "--learning-rate", "0.001", "--checkpoint-every", "1000", "--noise", "0.1"],
     ),
-    "cnn": (45, 3, 90, ["--dropout", "0.2", "--shift", "1"]),
+    "cnn": (45, 3, 300, ["--dropout", "0.2", "--shift", "1"]),
 }
 _MOMENTS = ("while it trains", "while a checkpoint is written", "while it starts")
 _LONGEST_START = 120  # seconds
