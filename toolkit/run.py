@@ -17,6 +17,7 @@ import numpy as np
 
 from toolkit import checkpoint, elastic, output, plain, schedule, watch
 from toolkit.adapters import Adapter
+from toolkit.agreement import Agreement
 from toolkit.audit import Audit
 from toolkit.claim import Claim
 from toolkit.errors import RunFailed, UsageError
@@ -24,7 +25,7 @@ from toolkit.options import RunOptions
 from toolkit.progress import Progress
 from toolkit.random_streams import sample_generator
 from toolkit.sharding import Part, Sharding
-from toolkit.stopping import Signals, resume_command
+from toolkit.stopping import resume_command
 from toolkit.sync import SyncCheck
 from toolkit.world import World
 
@@ -89,20 +90,6 @@ class _Position:
     not_finite: int = 0  # steps of the unfinished epoch whose loss or gradients were not finite
 
 
-class _Word(NamedTuple):
-    """What one rank has to tell the others.
-
-    Attributes:
-        name: the rank's.
-        asked: to stop: a signal's number, or 0 for `Run.stop`; None: not.
-        trouble: which of its numbers are not finite; "": none.
-    """
-
-    name: str
-    asked: int | None
-    trouble: str
-
-
 class Run:
     """A training run: enter it to start or resume, iterate it for batches, leave it to end.
 
@@ -163,11 +150,7 @@ class Run:
         self._reference = min(options.batch_size or options.global_batch_size, samples)  # the rate is for this batch
         self._extra = dict(extra or {})
         self._stopped = self._save_is_due = False
-        self._signals = Signals()
-        self._asked_by_script = False
-        self._stopping: _Word | None = None  # by whom all ranks know that the run is to stop
-        self._trouble = ""  # a loss that was not finite, not told yet
-        self._heard: tuple[bool, str | None] = False, None  # what came with the gradients and was not acted on yet
+        self._agreement = Agreement(adapter, world, options.on_nan, lambda line: self.progress.line(line))
         if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
             raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
         self._claim: Claim | None = None  # rank 0's, on the output directory
@@ -195,8 +178,7 @@ class Run:
 
         The loop goes on until `finished`: between epochs no step is taken any more, else one or two are.
         """
-        self._asked_by_script = True
-        self._exchange()  # so that the next step's gradients take it along
+        self._agreement.ask_to_stop()
 
     def agree_to_stop(self) -> None:
         """Stop where any rank asked for it or got a signal; every rank calls it, between epochs.
@@ -206,7 +188,7 @@ class Run:
             RunFailed: with `--on-nan stop`: a rank's last loss was not finite; on every rank.
         """
         if not self.finished:
-            self._hear(None)
+            self._agreement.between_epochs()
         self._stop_if_asked()
 
     def __enter__(self) -> Run:
@@ -238,11 +220,10 @@ class Run:
             self.check_sync()
         if self.options.max_steps == 0:
             self.save()
-        self._exchange()
-        self._heard = False, None
-        if self._membership is None:
-            self._signals.install()
-        else:  # where a worker that is told to stop leaves alone
+        self._agreement.begin(
+            signals=self._membership is None
+        )  # an elastic job's worker that is told to stop leaves alone
+        if self._membership is not None:
             self._commit(interrupt=False)  # from here on every worker can hand the run to those that come
             if found is not None and self.finished:
                 self.save()  # rank 0 may have died while it wrote it
@@ -326,19 +307,14 @@ class Run:
             self._audit.note(part.indices)
         loss = float(loss.detach() if hasattr(loss, "detach") else loss)
         self._losses.append(loss)
-        if not math.isfinite(loss):
-            self._trouble = f"loss {loss} in step {self.step + 1}"
-        self._exchange()
-        (heard, broken), self._heard = self._heard, (False, None)
-        if heard or broken is not None:
-            self._hear(broken)
+        left_out = self._agreement.after_pass(loss, self.step + 1)
         if len(self._losses) < self.options.accumulation_steps:
             return
         rate = self.learning_rate()
         self._at.step += 1
         self._at.step_in_epoch += 1
         row = {"epoch": self.epoch + 1, "step": self.step, "learning_rate": rate, "loss": self._losses}
-        self._rows.append(row if broken is None else {**row, "skipped": True})
+        self._rows.append({**row, "skipped": True} if left_out else row)
         self._losses = []
         self.progress.advance(self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
@@ -477,7 +453,7 @@ class Run:
             if self._membership is not None and kind is None:
                 self.adapter.gather(None)  # whoever leaves before rank 0 has written could not write in its place
         finally:
-            self._signals.restore()
+            self._agreement.end()
 
     def _leave_directory(self, whole: bool) -> None:
         """Write what is left to write, and give the directory up.
@@ -544,43 +520,14 @@ class Run:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._metrics.write(kind, finite)
 
-    @property
-    def _asked(self) -> int | None:
-        """A signal's number, 0 for the script's own `stop`, None where this rank was not asked to stop."""
-        return 0 if self._signals.received is None and self._asked_by_script else self._signals.received
-
-    def _exchange(self) -> None:
-        """Have the coming gradients say whether this rank has something to tell; note what the last ones said."""
-        heard, broken = self.adapter.exchange_flag(bool(self._trouble) or self._asked is not None)
-        self._heard = self._heard[0] or heard, broken if self._heard[1] is None else self._heard[1]
-
-    def _hear(self, broken: str | None) -> None:
-        """Tell each other what the flag or a step that was left out is about; every rank comes here."""
-        gradient = f"gradient of {broken} not finite in step {self.step + 1}" if broken else ""
-        mine = _Word(self.world.name, self._asked, ", ".join(filter(None, [self._trouble, gradient])))
-        words = self.adapter.gather(mine)
-        self._trouble = ""
-        asked = [word for word in words if word.asked is not None]
-        self._stopping = max(asked, key=lambda word: word.asked or 0, default=None)
-        first = next((word for word in words if word.trouble), None)
-        if first is None:
-            return
-        what = f"{first.name}: {first.trouble}"
-        if self.options.on_nan == "stop":
-            raise RunFailed(
-                f"{what}: look at the data and the learning rate, or leave out steps of such gradients with "
-                "--on-nan skip."
-            )
-        self.progress.line(f"warning: {what}: {'step left out' if broken is not None else 'its gradients were finite'}")
-
     def _stop_if_asked(self) -> None:
         """Where the ranks know of a wish to stop: a checkpoint, a message, and for a signal the end."""
-        if self._stopping is None:
+        if self._agreement.stopping is None:
             return
-        number, by = self._stopping.asked, self._stopping.name
+        by, number, _ = self._agreement.stopping
         self._stopped = True
         if not number:
-            self._stopping = None
+            self._agreement.stopping = None
             self.progress.line(f"stopped early by {by} after step {self.step}")
         if self.epoch >= self.options.epochs:
             return  # it is complete
