@@ -220,9 +220,8 @@ class Run:
             self.check_sync()
         if self.options.max_steps == 0:
             self.save()
-        self._agreement.begin(
-            signals=self._membership is None
-        )  # an elastic job's worker that is told to stop leaves alone
+        # A worker of an elastic job that is told to stop leaves alone.
+        self._agreement.begin(signals=self._membership is None)
         if self._membership is not None:
             self._commit(interrupt=False)  # from here on every worker can hand the run to those that come
             if found is not None and self.finished:
