@@ -59,8 +59,9 @@ class Agreement:
             self._signals.install()
 
     def end(self) -> None:
-        """Leave signals to whoever had them before."""
+        """Leave signals to whoever had them before, and steps as they are."""
         self._signals.restore()
+        self._adapter.exchange_flag(None)
 
     def ask_to_stop(self) -> None:
         """Have the next step's gradients tell that this rank's script wants the run's end."""
@@ -109,6 +110,8 @@ class Agreement:
         asked = [word for word in words if word.asked is not None]
         self.stopping = max(asked, key=lambda word: word.asked or 0, default=None)
         troubled = [f"{word.name}: {word.trouble}" for word in words if word.trouble]
+        if left_out and not troubled:  # each rank's was finite
+            troubled = ["the mean of all ranks' gradients overflows"]
         if not troubled:
             return
         if self._on_nan == "stop":

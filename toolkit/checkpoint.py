@@ -312,7 +312,9 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "reference_batch_size": lambda v: _is_count(v, 1),
     "extra": lambda v: isinstance(v, dict),
     "position": lambda v: (
-        isinstance(v, dict) and v.keys() == _POSITION.keys() and all(right(v[key]) for key, right in _POSITION.items())
+        isinstance(v, dict)
+        and {*v, "not_finite"} == _POSITION.keys()
+        and all(_POSITION[key](value) for key, value in v.items())
     ),
 }
 

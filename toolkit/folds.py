@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,10 @@ def each_fold(
         )
         if world.rank == 0:
             results[fold + 1] = _last_epoch(place)
-    for other in adapter.gather(results, all_groups=True):
+    found = adapter.gather(results, all_groups=True)
+    if None in found:  # what a group gathers that was told to stop, when it leaves the job
+        raise SystemExit(128 + signal.SIGTERM)
+    for other in found:
         results.update(other)
     if world.rank == world.group == 0:
         file = directory / "folds.json"

@@ -154,6 +154,7 @@ class Run:
         if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
             raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
         self._claim: Claim | None = None  # rank 0's, on the output directory
+        self._metrics: output.Metrics | None = None  # rank 0's
         self._membership = elastic.current()
         self._writer = checkpoint.Writer(self._check_claim)
 
@@ -176,7 +177,7 @@ class Run:
     def stop(self) -> None:
         """Ask for the run's end; one rank is enough. All ranks stop together, with a checkpoint, after a next step.
 
-        The loop goes on until `finished`: between epochs no step is taken any more, else one or two are.
+        The loop goes on until `finished`: one or two more steps are taken, but none where it is called between epochs.
         """
         self._agreement.ask_to_stop()
 
@@ -187,18 +188,25 @@ class Run:
             SystemExit: a rank got SIGTERM or SIGINT; on every rank, after the checkpoint is written.
             RunFailed: with `--on-nan stop`: a rank's last loss was not finite; on every rank.
         """
-        if not self.finished:
-            self._agreement.between_epochs()
-        self._stop_if_asked()
+        self._agreement.between_epochs()
+        if self._is_stopped_anew():
+            self.save()
+        self._leave_if_told()
 
     def __enter__(self) -> Run:
+        try:
+            self._begin()
+        except BaseException:  # in an elastic job the next attempt is made in this process
+            if self.world.rank == 0:
+                self._leave_directory(whole=False)
+            self._agreement.end()
+            raise
+        return self
+
+    def _begin(self) -> None:
         self.directory, found = self._agree_on_directory()
         watch.directory(self.directory)
-        try:
-            self._take_up(found)
-        except BaseException:
-            self._release_claim()
-            raise
+        self._take_up(found)
         self._origin = self.adapter.describe(self.model)
         if self.world.rank == 0:
             self._metrics = output.Metrics(self.directory, self.step, self._check_claim)
@@ -227,7 +235,6 @@ class Run:
             if found is not None and self.finished:
                 self.save()  # rank 0 may have died while it wrote it
         self._epoch_began = time.perf_counter()
-        return self
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs that are left; the loop's body ends with `end_epoch`."""
@@ -322,12 +329,14 @@ class Run:
             self.check_sync()
         # An epoch's last step is saved by end_epoch, as the begin of the next epoch; others at once, before an
         # evaluation that the uninterrupted run does not have here can draw random numbers.
-        self._stop_if_asked()
+        self._is_stopped_anew()
         if self.steps_left_in_epoch > 0 and (self.finished or self._saves_after(self.step)):
             self.save()
         if self.steps_left_in_epoch > 0 and (self.finished or self.step % self.options.commit_steps == 0):
             self._commit()
         inside = self.steps_left_in_epoch > 0
+        if inside:
+            self._leave_if_told()
         watch.doing(f"loading the batch of step {self.step + 1}" if inside else f"ending epoch {self.epoch + 1}")
 
     def check_sync(self) -> None:
@@ -469,7 +478,8 @@ class Run:
                 newest = self._newest()
                 self.progress.line(f"checkpoint: {newest}" if newest else "no checkpoint was written")
         finally:
-            self._metrics.close()
+            if self._metrics is not None:
+                self._metrics.close()
             self._writer.close()
             self._release_claim()
 
@@ -514,34 +524,35 @@ class Run:
         self._rows = []
 
     def _write_row(self, kind: str, row: dict[str, Any]) -> None:
-        if self.world.rank == 0:
+        if self._metrics is not None:
             # JSON has no NaN.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._metrics.write(kind, finite)
 
-    def _stop_if_asked(self) -> None:
-        """Where the ranks know of a wish to stop: a checkpoint, a message, and for a signal the end."""
-        if self._agreement.stopping is None:
-            return
-        by, number, _ = self._agreement.stopping
+    def _is_stopped_anew(self) -> bool:
+        """Whether the ranks know by now, and did not before, that the run is to stop before it is complete."""
+        word = self._agreement.stopping
+        if word is None or self.finished:
+            return False
         self._stopped = True
-        if not number:
-            self._agreement.stopping = None
-            self.progress.line(f"stopped early by {by} after step {self.step}")
-        if self.epoch >= self.options.epochs:
-            return  # it is complete
-        self.save()
-        if not number or self._save_is_due:
-            return  # of an epoch's last step end_epoch saves the state, and agree_to_stop comes back here
+        if not word.asked:
+            self.progress.line(f"stopped early by {word.name} after step {self.step}")
+        return True
+
+    def _leave_if_told(self) -> None:
+        """After a signal, once the checkpoint is on its way: leave the job, and say how to go on."""
+        word = self._agreement.stopping
+        if word is None or not word.asked or (not self._stopped and not self.options.fold):
+            return  # where the run is complete only other folds would follow
         if self.world.rank == 0:
             self._finish_writing()
         self.adapter.gather(None)  # no rank leaves while rank 0 writes
         self.progress.line(
-            f"stopped by {signal.Signals(number).name} on {by} after step {self.step}; to go on: "
-            f"{resume_command(self.directory, self.world.size)}"
+            f"stopped by {signal.Signals(word.asked).name} on {word.name} after step {self.step}; to go on: "
+            f"{resume_command(self.directory.parent if self.options.fold else self.directory, self.world.size)}"
         )
         self.adapter.stop()
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + word.asked)
 
     def _agree_on_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
         """Rank 0 finds the output directory and what to resume; every rank gets its answer, and its own state."""

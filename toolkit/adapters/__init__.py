@@ -116,13 +116,14 @@ class Adapter(Protocol):
             all_groups: over the whole job, where `start` cut it into groups.
         """
 
-    def exchange_flag(self, flag: bool) -> tuple[bool, str | None]:
+    def exchange_flag(self, flag: bool | None) -> tuple[bool, str | None]:
         """Tell the other ranks something at no cost: a flag that travels with the gradients.
 
-        From the first call on, a step whose averaged gradients are not finite is left out, on all ranks alike.
+        From a call on, steps whose averaged gradients are not finite are left out, on all ranks alike, until a call
+        with None. With several optimizers each looks at its own gradients.
 
         Args:
-            flag: goes along with every averaging of gradients until the next call.
+            flag: goes along with every averaging of gradients until the next call; None: nobody listens any more.
 
         Returns:
             (heard, broken): whether any rank's flag was up in an averaging since the last call, the same on every

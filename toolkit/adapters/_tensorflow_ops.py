@@ -87,16 +87,16 @@ def _exchange() -> _Exchange:
     return _exchanges[0]
 
 
-def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     """See `toolkit.adapters.Adapter.exchange_flag`."""
     exchange = _exchange()
     heard, place = exchange.heard.numpy() > 0, int(exchange.broken.numpy())
-    exchange.flag.assign(float(flag))
+    exchange.flag.assign(float(flag or 0))
     if heard:
         exchange.heard.assign(0.0)
     if place != _WHOLE:
         exchange.broken.assign(_WHOLE)
-    exchange.guarded.assign(True)
+    exchange.guarded.assign(flag is not None)
     return bool(heard), None if place == _WHOLE else "" if place == _ELSEWHERE else exchange.names[place]
 
 
@@ -218,8 +218,10 @@ class GradientAverager:
 def _are_finite(tensors: Sequence[Any]) -> Any:
     values = [t.values if isinstance(t, tf.IndexedSlices) else t for t in tensors if t is not None]
     values = [v for v in values if v.dtype.is_floating]
+    if not values:
+        return tf.constant(True)
     # A sum is finite only where every element is, and costs less than looking at each.
-    sums = tf.stack([tf.reduce_sum(tf.cast(v, tf.float32)) for v in values] or [0.0])
+    sums = tf.stack([tf.reduce_sum(tf.cast(v, tf.float32)) for v in values])
     return tf.cond(
         tf.reduce_all(tf.math.is_finite(sums)),
         lambda: True,

@@ -30,10 +30,10 @@ class _Exchange:
 _exchange = _Exchange()
 
 
-def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     """See `toolkit.adapters.Adapter.exchange_flag`."""
     heard, broken = _exchange.heard, _exchange.broken
-    _exchange.flag, _exchange.heard, _exchange.broken, _exchange.guarded = flag, False, None, True
+    _exchange.flag, _exchange.heard, _exchange.broken, _exchange.guarded = bool(flag), False, None, flag is not None
     return heard, broken
 
 

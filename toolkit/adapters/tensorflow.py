@@ -100,7 +100,7 @@ def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     return _tensorflow_ops.gather(value, _job.process_set(all_groups))
 
 
-def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     """See `toolkit.adapters.Adapter.exchange_flag`; a `LossScaleOptimizer` sees to gradients that are not finite."""
     return _tensorflow_ops.exchange_flag(flag)
 

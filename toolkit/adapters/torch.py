@@ -235,9 +235,9 @@ class _Distributed(torch.optim.Optimizer):
             if self._passes == 0:  # gradients that came by no backward pass
                 self._average(1)
             if self._broken is not None:
-                raise RunFailed(
-                    "the gradients of a closure are not finite, and a step with a closure can't be left out."
-                )
+                found = enumerate(_torch_ops.gather(self._broken, _job.process_set()))
+                first = next((f"rank {rank}: gradient of {name}" for rank, name in found if name), "the mean gradient")
+                raise RunFailed(f"{first} not finite, and a step with a closure (LBFGS) can't be left out.")
             self._clip()
             loss = torch.as_tensor(loss).detach()
             return hvd.allreduce(loss, name="closure.loss", op=hvd.Average, process_set=_job.process_set())
@@ -294,7 +294,7 @@ def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
     return _torch_ops.gather(value, _job.process_set(all_groups))
 
 
-def exchange_flag(flag: bool) -> tuple[bool, str | None]:
+def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     """See `toolkit.adapters.Adapter.exchange_flag`; under a GradScaler a gradient that is not finite is its matter."""
     return _torch_ops.exchange_flag(flag)
 

@@ -29,7 +29,8 @@ BAD_SAMPLE = list(Sharding(len(X), BATCH, 1, 0).parts(BAD_EPOCH, 0))[1].indices[
 
 
 class Case:
-    """What goes wrong in one run: `gradient` or `loss` at the bad sample, or `stop` by rank 1 after it, or nothing."""
+    """What goes wrong in one run: `gradient` or `loss` at the bad sample, or `stop` by its rank after it, or nothing;
+    or `overflow`: of what travels as fp16, while each rank's gradients are finite."""
 
     what = ""
 
@@ -67,10 +68,12 @@ def train_torch(options):
 
     model = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=RATE), model)
+    compression = "fp16" if Case.what == "overflow" else "none"
+    optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=RATE), model, compression=compression)
 
     def step(x, y, weight):
         optimizer.zero_grad()
+        weight *= 1e8 if Case.what == "overflow" else 1
         loss = torch.nn.functional.mse_loss(model(torch.from_numpy(x)), torch.from_numpy(y)) * weight
         loss.backward()
         optimizer.step()
@@ -81,22 +84,30 @@ def train_torch(options):
     return run, model.weight.detach().numpy().ravel()
 
 
+def keras_model():
+    import keras
+
+    class Linear(keras.layers.Dense):
+        def build(self, shape):
+            super().build(shape)
+            self.add_weight(name="unused", shape=())  # one without a gradient is not one that is not finite
+
+    linear = Linear(1, use_bias=False, kernel_initializer="zeros")
+    return keras.Sequential([keras.layers.Input((3,)), linear])
+
+
 def train_tensorflow(options):
     import keras
     import tensorflow as tf
 
-    model = keras.Sequential(
-        [keras.layers.Input((3,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
-    )
+    model = keras_model()
     optimizer = dp.distribute(keras.optimizers.SGD(RATE), model)
 
     @tf.function(reduce_retracing=True)
     def step(x, y, weight):
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((model(x) - y) ** 2) * weight
-        optimizer.apply_gradients(
-            zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True)
-        )
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss
 
     with Run(options, world, dp, model, optimizer, len(X)) as run:
@@ -115,9 +126,7 @@ def train_keras(options):
             if Case.what == "stop" and has_bad_sample(run.epoch, next(self.parts).indices):
                 self.model.stop_training = True
 
-    model = keras.Sequential(
-        [keras.layers.Input((3,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
-    )
+    model = keras_model()
     optimizer = dp.distribute(keras.optimizers.SGD(RATE), model)
     model.compile(optimizer, loss="mse")
     with Run(options, world, dp, model, optimizer, len(X)) as run:
@@ -177,6 +186,14 @@ for what, told in ("gradient", "not finite in step"), ("loss", "loss inf in step
     except RunFailed as error:
         assert f"rank {bad_rank} on" in str(error) and f"{told} {bad_step}".split(" in ")[0] in str(error), error
         assert f"in step {bad_step}" in str(error), error
+
+if framework == "torch":
+    Case.what = "overflow"
+    try:
+        train(replace(options, output=base / "overflow"))
+        raise AssertionError("trained on")
+    except RunFailed as error:
+        assert "the mean of all ranks' gradients overflows" in str(error), error
 
 Case.what = "stop"
 run, _ = train(replace(options, output=base / "early"))
