@@ -11,6 +11,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,35 +25,48 @@ _RUNS = Path("runs")
 _METRICS, _METRICS_LEFTOVER = "metrics.jsonl", "metrics.tmp"
 _LONGEST_ROW = 1 << 20  # bytes; a row takes hundreds
 _RETRY_SECONDS = 5.0  # between attempts to write rows that could not be written
+_DISK_SECONDS, _WARN_SECONDS = 0.5, 30.0  # the disk's, until the ranks tell each other, and until they tell the user
 T = TypeVar("T")
 
 
 def decided_by_rank_0(world: World, adapter: Adapter, decide: Callable[[], T], all_groups: bool = False) -> T:
     """What `decide` returns on rank 0, on every rank; it alone looks at the disk.
 
+    The others wait in one short operation after another, so that a slow disk is not taken for a stall.
+
     Args:
         world: what `start` returned.
         adapter: the adapter in use.
-        decide: called on rank 0 alone; gives anything that pickles.
+        decide: called on rank 0 alone, in another thread; gives anything that pickles.
         all_groups: rank 0 of the whole job decides, for all groups.
 
     Raises:
         UsageError: `decide` raised it; on every rank.
     """
-    answer: Any = None
+    pending, thread, began = None, ThreadPoolExecutor(1, "disk"), time.monotonic()
     if world.rank == 0 and not (all_groups and world.group > 0):
-        try:
-            answer = decide()
-        except UsageError as error:
-            answer = error
-        except OSError as error:
-            answer = UsageError(
-                f"{error.filename}: {checkpoint.reason(error)}: give another --output, or make it usable."
-            )
-    answer = adapter.gather(answer, all_groups=all_groups)[0]
+        pending = thread.submit(_answer, decide)
+    thread.shutdown(wait=False)
+    warned = done = False
+    while not done:
+        if pending is not None:
+            done = bool(wait([pending], timeout=_DISK_SECONDS).done)
+        done, answer = adapter.gather((done, pending.result() if pending and done else None), all_groups=all_groups)[0]
+        if pending is not None and not warned and time.monotonic() - began > _WARN_SECONDS:
+            warned = True
+            print(f"[{world.name}] warning: a slow disk: all ranks wait for it", file=sys.stderr, flush=True)
     if isinstance(answer, UsageError):
         raise answer
     return answer
+
+
+def _answer(decide: Callable[[], Any]) -> Any:
+    try:
+        return decide()
+    except UsageError as error:
+        return error
+    except OSError as error:
+        return UsageError(f"{error.filename}: {checkpoint.reason(error)}: give another --output, or make it usable.")
 
 
 def choose(name: str, output: Path | None, resume: bool) -> Path:

@@ -411,7 +411,8 @@ class Run:
         self._flush()
         if self.options.check_sync != 0 and not self._sync.has_compared(self.step):
             self.check_sync()
-        self._writer.wait()  # before there is another copy of the state
+        # Before there is another copy of the state.
+        output.decided_by_rank_0(self.world, self.adapter, self._writer.wait)
         local = self.adapter.gather(self.adapter.export_local(self.model))
         counts = {"audit/counts": self._audit.counts()} if self._audit else {}
         if self.world.rank == 0:
@@ -456,8 +457,12 @@ class Run:
         watch.leaving(error)
         self.progress.close()
         try:
-            if self.world.rank == 0:
-                self._leave_directory(whole=kind is None)
+            try:
+                if kind is None and self.finished:
+                    output.decided_by_rank_0(self.world, self.adapter, lambda: self._writer.finish(tries=0))
+            finally:
+                if self.world.rank == 0:
+                    self._leave_directory(whole=kind is None)
             if self._membership is not None and kind is None:
                 self.adapter.gather(None)  # whoever leaves before rank 0 has written could not write in its place
         finally:
@@ -544,9 +549,7 @@ class Run:
         word = self._agreement.stopping
         if word is None or not word.asked or (not self._stopped and not self.options.fold):
             return  # where the run is complete only other folds would follow
-        if self.world.rank == 0:
-            self._finish_writing()
-        self.adapter.gather(None)  # no rank leaves while rank 0 writes
+        output.decided_by_rank_0(self.world, self.adapter, self._finish_writing)  # no rank leaves while rank 0 writes
         self.progress.line(
             f"stopped by {signal.Signals(word.asked).name} on {word.name} after step {self.step}; to go on: "
             f"{resume_command(self.directory.parent if self.options.fold else self.directory, self.world.size)}"

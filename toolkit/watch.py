@@ -21,12 +21,13 @@ from typing import Any
 from toolkit.errors import RunFailed, UsageError
 from toolkit.watching.diagnosis import LONGEST
 from toolkit.watching.hub import Hub
-from toolkit.watching.lines import ANSWER, addresses, listen
-from toolkit.watching.member import LAST, SHARED, Here, Member, Watch, failure, when
+from toolkit.watching.lines import ANSWER, addresses, cut, listen
+from toolkit.watching.member import ALL_GROUPS, LAST, SHARED, Here, Member, Watch, failure, when
 from toolkit.watching.spoke import Spoke
 from toolkit.watching.verdict import FILE, is_consequence, leave, say
 from toolkit.world import World
 
+_CAUSE = 2000  # characters of the line that says why
 _watch: Watch | None = None
 
 
@@ -41,10 +42,10 @@ def doing(text: str) -> None:
 
 
 class waiting:  # noqa: N801 - used like a function
-    """Notes, in a `with` block, that this worker waits for all others in an operation."""
+    """Notes, in a `with` block, that this worker waits for all others, of its group or of all, in an operation."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, all_groups: bool = False) -> None:
+        self._what = what + ALL_GROUPS if all_groups else what
 
     def __enter__(self) -> None:
         Here.waiting = (self._what, time.monotonic())
@@ -84,6 +85,8 @@ def start(
     """
     global _watch
     Here.world, Here.stopped = world, False
+    if _watch is not None:
+        _watch.leave_signals()
     if size == 1 or os.environ.get("HOROVOD_ELASTIC") == "1":  # Horovod's elastic driver goes on without the lost
         return
     listener = listen(hosts_alike) if rank == 0 else None
@@ -119,6 +122,7 @@ def stop() -> bool:
     if _watch is not None and _watch.alive:
         _watch.tell(kind="left", how=f"called stop(){when(Here)}")
         Here.stopped = True
+        _watch.leave_signals()
     return True
 
 
@@ -157,18 +161,19 @@ def fail(error: BaseException, trace: str) -> None:
     here, watch = Here.world, _watch
     name = f"[{here.name}] "
     kind = type(error).__name__
-    summary = f"{kind}: {error}".split("\n")[0].removesuffix(": ")
+    text = cut(str(error), LONGEST)
+    summary = cut(f"{kind}: {text}".split("\n")[0].removesuffix(": "), _CAUSE)
     told: dict[str, Any] = {"kind": "failure", "cause": f"failed{when(Here)}: {summary}"}
-    told |= {"exception": f"{kind}: {error}", "traceback": trace[-LONGEST:], "code": 1}
+    told |= {"exception": f"{kind}: {text}", "traceback": cut(trace, LONGEST), "code": 1}
     if isinstance(error, UsageError | RunFailed):
-        shown = f"{name if here.rank > 0 or here.groups > 1 else ''}error: {error}"
+        shown = f"{name if here.rank > 0 or here.groups > 1 else ''}error: {text}"
         usage = isinstance(error, UsageError)
-        told |= {"kind": "shared", "cause": f"failed: {error}", "shown": shown}
+        told |= {"kind": "shared", "cause": f"failed: {cut(text, _CAUSE)}", "shown": shown}
         told |= {"kept": not usage, "code": 2 if usage else 1}
     elif isinstance(error, KeyboardInterrupt):
         told |= {"cause": "interrupted", "shown": f"{name}interrupted", "kept": False, "code": 130}
     elif is_consequence(error):
-        told |= {"kind": "consequence", "text": str(error)}
+        told |= {"kind": "consequence", "text": cut(text, _CAUSE)}
     if watch is not None and watch.alive:
         watch.tell(**told)
         watch.over.wait(2 * SHARED if told["kind"] == "shared" else ANSWER + 2 * LAST)

@@ -11,11 +11,14 @@ import time
 
 import pytest
 
-from toolkit import tuning
-from toolkit.watching import diagnosis, lines
+from toolkit import output, tuning, watch
+from toolkit.errors import UsageError
+from toolkit.watching import diagnosis, lines, spoke
+from toolkit.watching import hub as hub_module
 from toolkit.watching.hub import Hub
-from toolkit.watching.member import Member
+from toolkit.watching.member import ALL_GROUPS, Here, Member
 from toolkit.watching.verdict import Verdict, is_consequence
+from toolkit.world import World
 
 SHUT_DOWN = "Horovod has been shut down. This was caused by an exception on one of the ranks"
 
@@ -93,14 +96,22 @@ def test_horovod_ends_a_stall_within_the_limit(seconds):
     assert tuning.stall_limits(0) == {"HOROVOD_STALL_CHECK_DISABLE": "1"}
 
 
-@pytest.fixture
-def hub():
-    """A rank 0 of three that is never to end its process: what it would say is kept."""
+def made(groups, timeout=300, waits=False):
+    """A rank 0 that is never to end its process: what it would say is kept, and its exit code."""
     listener = lines.listen(True)
-    members = [Member(rank, f"rank {rank} on here", rank, 0, "here", 0) for rank in range(3)]
-    hub = Hub(members[0], members, b"key", 300, listener, False)
-    hub.ends = []
-    hub._end = lambda verdict, member: hub.ends.append(verdict)
+    members = [Member(rank, f"rank {rank} on here", rank, group, "here", 0) for rank, group in enumerate(groups)]
+    hub = Hub(members[0], members, b"key", timeout, listener, waits)
+    hub.ends, hub.codes, hub.warnings = [], [], []
+    hub.report = lambda verdict, directory: hub.ends.append(verdict)
+    hub.warn = hub.warnings.append
+    return hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A rank 0 of three."""
+    hub = made([0, 0, 0])
+    monkeypatch.setattr(hub_module, "leave", lambda code: (hub.codes.append(code), hub.over.set()))
     hub.start()
     yield hub
     hub.over.set()
@@ -196,3 +207,169 @@ def test_a_stopped_process_is_seen_and_woken():
         finally:
             process.kill()
     assert diagnosis.process_state(process.pid) == ""
+
+
+def greeted(hub, *ranks):
+    """Lines of these ranks, which rank 0 has heard."""
+    reached = [lines.reach(address(hub), rank, b"key") for rank in ranks]
+    for rank, line in zip(ranks, reached, strict=True):
+        line.send(kind="beat", doing="training at step 3", doing_for=0)
+        until(lambda rank=rank: hub.members[rank].met)
+    return reached
+
+
+@pytest.mark.parametrize(("ends", "code", "verdicts"), [(True, 143, 0), (False, 1, 1)])
+def test_a_loss_after_a_signal_is_news_where_signals_are_wishes(hub, ends, code, verdicts):
+    reached = greeted(hub, 1)
+    hub._signalled = time.monotonic() - 2, ends
+    reached[0].close()
+    until(lambda: hub.codes)
+    assert (hub.codes, len(hub.ends)) == ([code], verdicts)
+
+
+@pytest.mark.parametrize(
+    ("handler", "ends"), [(signal.SIG_DFL, True), (signal.default_int_handler, True), (lambda *_: None, False)]
+)
+def test_a_signal_that_a_handler_takes_does_not_end_a_worker(handler, ends):
+    hub = made([0, 0])
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        hub._wake.send(bytes([signal.SIGINT]))
+        hub._rung()
+        assert hub._signalled[1] is ends
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_ended_while_rank_0_was_held_up_is_told_unless_it_was_on_its_account(hub, told):
+    reached = greeted(hub, 1, 2)
+    hub.told = lambda message: time.sleep(3.5)
+    hub.tell()
+    if told:
+        reached[1].send(kind="ended", code=7)
+    reached[0].close()
+    until(lambda: hub.codes)
+    assert hub.codes == ([7] if told else [1]) and [v.rank for v in hub.ends] == ([] if told else [1])
+
+
+def test_a_call_that_was_given_up_too_early_is_no_loss(hub):
+    reached = lines.reach(address(hub), 1, b"key")
+    until(lambda: hub.members[1].line is not None)
+    reached.close()
+    until(lambda: hub.members[1].line is None)
+    greeted(hub, 1)
+    assert not hub.ends
+
+
+def test_a_worker_calls_again_where_rank_0_does_not_answer_at_once(monkeypatch):
+    listener = lines.listen(True)
+    answers = [None, None, lines.Line(socket.create_connection(listener.getsockname()))]
+    monkeypatch.setattr(spoke, "reach", lambda *_: answers.pop(0))
+    members = [Member(rank, f"rank {rank}", rank, 0, "here", 0) for rank in range(2)]
+    worker = spoke.Spoke(members[1], members, b"key", 300, [listener.getsockname()])
+    worker.start()
+    until(lambda: worker._hub.line is not None)
+    assert worker.alive
+    worker.over.set()
+    worker.join(5)
+
+
+def stalled(hub, monkeypatch, now=1000.0, **states):
+    """Who is said to have not come; `states` are ranks to what they do or wait for, and for how long."""
+    monkeypatch.setattr(hub_module, "leave", hub.codes.append)
+    for rank, (kind, what, seconds) in states.items():
+        member = hub.members[int(rank[1:])]
+        setattr(member, kind, what)
+        setattr(member, f"{kind}_since", now - seconds)
+    for member in hub.members:
+        member.heard = now
+    hub._until = now + 10
+    hub.look(now)
+    hub.close()
+    return [v.ranks for v in hub.ends]
+
+
+def test_a_group_that_waits_for_all_groups_hides_no_stall_of_another(monkeypatch):
+    waits = {"r0": ("waiting", "gather()" + ALL_GROUPS, 90), "r1": ("waiting", "gather()" + ALL_GROUPS, 80)}
+    found = stalled(
+        made([0, 0, 1, 1], 20, True), monkeypatch, **waits, r2=("waiting", "gradients0", 21), r3=("doing", "stuck", 25)
+    )
+    assert found == [(3,)]
+    assert not stalled(made([0, 0, 1, 1], 20, True), monkeypatch, **waits, r2=("waiting", "gradients0", 19))
+
+
+@pytest.mark.parametrize(
+    ("of_0", "of_1", "found"),
+    [
+        (("training at step 9", 21), ("loading the batch of step 9", 30), [(1,)]),
+        (("training at step 9", 30), ("training at step 10", 21), [(0,)]),  # stuck between two steps
+        (("training at step 9", 19), ("loading the batch of step 9", 30), []),
+        (("training at step 9", 30), ("training at step 9", 21), []),
+    ],
+)
+def test_a_compiled_step_that_others_do_not_come_to_is_a_stall(monkeypatch, of_0, of_1, found):
+    hub = made([0, 0], 20, True)
+    assert stalled(hub, monkeypatch, r0=("doing", *of_0), r1=("doing", *of_1)) == found
+    assert found or hub.warnings
+    hub = made([0, 0], 20)  # Horovod looks itself
+    assert not stalled(hub, monkeypatch, r0=("doing", *of_0), r1=("doing", *of_1))
+
+
+@pytest.mark.parametrize("letter", ["x", "\u2603", "\x00", "\ud800"])
+def test_a_message_of_any_length_arrives(letter):
+    ends = [lines.Line(connection) for connection in socket.socketpair()]
+    ends[1].known = True
+    text = "first" + letter * 3_000_000 + "last"
+    sending = threading.Thread(target=lambda: ends[0].send(kind="failure", cause=text, exception=text, code=3))
+    sending.start()
+    found = []
+    while not found:
+        found = ends[1].receive()
+    sending.join()
+    assert (found[0]["kind"], found[0]["code"]) == ("failure", 3)
+    assert found[0]["cause"].startswith("first") and found[0]["exception"].endswith("last")
+
+
+def test_a_second_start_hears_signals():
+    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        first, second = made([0, 0]), made([0, 0])
+        first.hear_signals()
+        first.leave_signals()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        second.hear_signals()
+        first.leave_signals()  # it is not its any more
+        assert signal.getsignal(signal.SIGTERM) == second._terminated
+        assert signal.set_wakeup_fd(-1) == second._wake.fileno()
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.set_wakeup_fd(before[1])
+
+
+def test_waits_for_all_groups_are_named_so():
+    with watch.waiting("gather()", all_groups=True):
+        assert Here.waiting[0] == "gather() of all groups"
+    assert Here.waiting is None
+
+
+def test_ranks_wait_for_a_slow_disk_in_short_operations():
+    told = []
+
+    class Adapter:
+        def gather(self, value, all_groups):
+            told.append(value)
+            return [value]
+
+    def decide():
+        time.sleep(1.2)
+        return 7
+
+    def refuse():
+        raise UsageError("no")
+
+    assert output.decided_by_rank_0(World(), Adapter(), decide) == 7
+    assert told == [(False, None), (False, None), (True, 7)]
+    with pytest.raises(UsageError, match="no"):
+        output.decided_by_rank_0(World(), Adapter(), refuse)

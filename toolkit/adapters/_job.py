@@ -107,8 +107,7 @@ def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:
     if not watch.stop():
         return
     if _process_sets and hvd.is_initialized():
-        with watch.waiting("stop() of all groups"):
-            gather(None, all_groups=True)
+        gather(None, all_groups=True)
     hvd.shutdown()
     if elastic.is_active():
         _disconnect()

@@ -39,7 +39,7 @@ def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
 
 def gather(value: Any, process_set: Any) -> list[Any]:
     """Every rank's value, in rank order."""
-    with watch.waiting("gather()"):
+    with watch.waiting("gather()", all_groups=process_set is not _job.process_set()):
         return hvd.allgather_object(value, name="hvdkit.gather", process_set=process_set)
 
 
@@ -134,7 +134,7 @@ class GradientAverager:
             if dtype == carrier:
                 packed.append(tf.cast(exchange.flag, dtype))
             name = f"{self._name}.{dtype.name}"
-            with watch.waiting(name) if tf.executing_eagerly() else contextlib.nullcontext():
+            with _waiting(name):
                 reduced = hvd.grouped_allreduce(
                     packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=_job.process_set()
                 )
@@ -206,13 +206,19 @@ class GradientAverager:
         indices, values = _sum_duplicates(tf.cast(gradient.indices, tf.int64), gradient.values)
         wire = tf.float32 if values.dtype == tf.bfloat16 else values.dtype
         ranks = _job.process_set()
-        indices = hvd.allgather(indices, f"{name}.indices", ignore_name_scope=True, process_set=ranks)
-        values = hvd.allgather(tf.cast(values, wire), f"{name}.values", ignore_name_scope=True, process_set=ranks)
+        with _waiting(name):
+            indices = hvd.allgather(indices, f"{name}.indices", ignore_name_scope=True, process_set=ranks)
+            values = hvd.allgather(tf.cast(values, wire), f"{name}.values", ignore_name_scope=True, process_set=ranks)
         # Optimizers need unique indices; and sums of duplicates inside them may depend on threads.
         indices, values = _sum_duplicates(indices, values / ranks.size())
         return tf.IndexedSlices(
             tf.cast(values, variable.dtype), indices, dense_shape=tf.constant(list(variable.shape), tf.int64)
         )
+
+
+def _waiting(name: str) -> Any:
+    """Tells the watch of an operation; while a function is traced none is done."""
+    return watch.waiting(name) if tf.executing_eagerly() else contextlib.nullcontext()
 
 
 def _are_finite(tensors: Sequence[Any]) -> Any:

@@ -137,7 +137,7 @@ def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
 def gather(value: Any, process_set: Any) -> list[Any]:
     """Every rank's value, in rank order; Horovod's own function for it knows no process sets."""
     data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    with watch.waiting("gather()"):
+    with watch.waiting("gather()", all_groups=process_set is not _job.process_set()):
         lengths = hvd.allgather(torch.tensor([len(data)]), "hvdkit.gather.lengths", process_set)
         gathered = hvd.allgather(data, "hvdkit.gather", process_set)
     return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(lengths.tolist())]

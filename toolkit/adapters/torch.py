@@ -9,6 +9,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
+from toolkit import watch
 from toolkit.adapters import _job, _shared, _torch_ops, _torch_state
 from toolkit.adapters._torch_data import Loader as Loader
 from toolkit.errors import RunFailed, UsageError
@@ -240,7 +241,8 @@ class _Distributed(torch.optim.Optimizer):
                 raise RunFailed(f"{first} not finite, and a step with a closure (LBFGS) can't be left out.")
             self._clip()
             loss = torch.as_tensor(loss).detach()
-            return hvd.allreduce(loss, name="closure.loss", op=hvd.Average, process_set=_job.process_set())
+            with watch.waiting("closure.loss"):
+                return hvd.allreduce(loss, name="closure.loss", op=hvd.Average, process_set=_job.process_set())
 
         return averaged
 

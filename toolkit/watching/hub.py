@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from toolkit.watching.diagnosis import oom_kills, process_state, stacks, why_killed
-from toolkit.watching.lines import ANSWER, Line, proof
-from toolkit.watching.member import LAST, SHARED, Member, Watch, deputies, failure, seconds, waits_for, when
+from toolkit.watching.lines import ANSWER, CALLING, Line, proof
+from toolkit.watching.member import ALL_GROUPS, LAST, SHARED, Member, Watch, deputies, failure, seconds, waits_for, when
 from toolkit.watching.verdict import Verdict, leave
 
 _FAREWELL = 0.5  # seconds between the failed worker's exit and the others', so that launchers name the first
@@ -29,9 +29,13 @@ class Hub(Watch):
         self._listener, self._own_waits = listener, waits
         self._strangers: set[Line] = set()
         self._first_error = self._first_shared = 0.0
-        self._asked = self._warned_of_waits = False
+        self._ended_without_me: dict[str, Any] = {}
+        self._gone: list[tuple[Member, str]] = []  # who ended without a word, and its verdict's cause
+        self._asked = False
+        self._warned_of_waits: set[int] = set()  # groups
+        self._asked_in_waits: set[int] = set()
         self._oom = oom_kills()
-        self._until = time.monotonic() + 15  # by when all have called
+        self._until = time.monotonic() + CALLING  # by when all have called
         self.selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self) -> None:
@@ -67,7 +71,7 @@ class Hub(Watch):
             return
         self._strangers.discard(line)
         line.known = True
-        member.line, member.heard = line, time.monotonic()
+        member.line, member.heard, member.met = line, time.monotonic(), False
         line.send(welcome=proof(self.key, "rank 0", str(answer)))
         self.selector.modify(line.socket, selectors.EVENT_READ, lambda: self._heard(member))
 
@@ -80,7 +84,7 @@ class Hub(Watch):
         except EOFError:
             self._lost(member)
             return
-        member.heard = time.monotonic()
+        member.heard, member.met = time.monotonic(), True
         if member.warned:
             member.warned = False
             self.warn(f"{member.name} is back.")
@@ -115,6 +119,8 @@ class Hub(Watch):
             self._first_error = self._first_error or now
         elif kind == "left":
             member.left = str(message.get("how"))
+        elif kind == "ended":
+            self._ended_without_me = message
         elif kind == "stack":
             member.stack = str(message.get("text"))
 
@@ -123,10 +129,11 @@ class Hub(Watch):
         line, member.line = member.line, None
         if line is not None:
             self.drop(line)
-        if not member.left:
+        # One that has not met the welcome in time calls again.
+        if not member.left and member.met:
             more = why_killed(self._oom) if member.host == self.me.host else ""
             cause = f"ended without a word{when(member)}: killed (kill -9, or out of memory) or crashed{more}."
-            self._end(member.verdict(cause), member)
+            self._gone.append((member, cause))  # for `look`, when all that has come is read
 
     def beat_now(self, now: float) -> None:
         """Tell the others that this worker lives, and who is to speak when it does not."""
@@ -136,6 +143,13 @@ class Hub(Watch):
 
     def look(self, now: float) -> None:
         """Look for silence, for waits that are too long, and for errors that another's end explains."""
+        if self._ended_without_me:  # this worker was the silent one, which another has told
+            code = self._ended_without_me.get("code")
+            self._end_all(code if isinstance(code, int) else 1, self.me)
+            return
+        while self._gone:
+            member, cause = self._gone.pop(0)
+            self._end(member.verdict(cause), member)
         for line in [line for line in self._strangers if now - line.began > LAST]:
             self._strangers.discard(line)
             self.drop(line)
@@ -150,7 +164,8 @@ class Hub(Watch):
             self._settle_errors(now)
         elif self.timeout:
             self._look_for_silence(now)
-            self._look_forwaits_for(now)
+            for group in dict.fromkeys(member.group for member in self.members):
+                self._look_for_waits(group, now)
 
     def _settle_shared(self, now: float) -> None:
         """An error that all ranks of a group raise alike is told once, by the lowest that has it."""
@@ -198,32 +213,50 @@ class Hub(Watch):
             if silent >= self.timeout:
                 self._end_stalled([member], now)
 
-    def _look_forwaits_for(self, now: float) -> None:
+    def _look_for_waits(self, number: int, now: float) -> None:
         """Ranks in an operation that others of their group do not come to, where Horovod does not look itself."""
-        waits = [m for m in self.members if m.waiting and not m.left and now - m.heard < 3 * self.beat]
-        longest = max(waits, key=lambda m: now - m.waiting_since, default=None)
-        if longest is None or now - longest.waiting_since < self.timeout / 5:
-            self._warned_of_waits = False
+        group = [m for m in self.members if m.group == number and not m.left]
+        heard = [m for m in group if now - m.heard < 3 * self.beat]
+        waits = [m for m in heard if m.waiting and not m.waiting.endswith(ALL_GROUPS)]
+        steps = [m for m in heard if self._may_wait(m)]
+        if waits:
+            first = min(waits, key=lambda m: m.waiting_since)
+            since, missing = first.waiting_since, [m for m in group if m.waiting != first.waiting]
+        elif steps:  # the last to have begun a step: in an earlier one none waits any more
+            first = max(steps, key=lambda m: m.doing_since)
+            since, missing = first.doing_since, [m for m in group if m.doing != first.doing]
+        if not waits and not steps or now - since < self.timeout / 5:
+            self._warned_of_waits.discard(number)
+            self._asked_in_waits.discard(number)
             return
-        group = [m for m in self.members if m.group == longest.group and not m.left]
-        missing = [m for m in group if m.waiting != longest.waiting]
+        waited = now - since
         if not missing:
+            if not waits and waited > self.timeout and number not in self._warned_of_waits:
+                self._warned_of_waits.add(number)
+                names = ", ".join(m.name for m in group[:4])
+                self.warn(f"{names} are {first.doing} for {waited:.0f} s: a slow step, or one that waits for another.")
             return
-        waited = now - longest.waiting_since
-        if not self._warned_of_waits and self._own_waits:
-            self._warned_of_waits = True
+        if number not in self._warned_of_waits and self._own_waits:
+            self._warned_of_waits.add(number)
             names = ", ".join(m.name for m in missing[:4])
             limit = f"the job ends after {self.timeout:g} s (--stall-timeout)"
-            self.warn(f"{longest.name} waits for {names} in {longest.waiting} for {waited:.0f} s; {limit}.")
-        if waited > self.timeout - 1 and not self._asked:
-            self._asked = True
+            self.warn(
+                f"{first.name} waits for {names} in {first.waiting or waits_for(first)} for {waited:.0f} s; {limit}."
+            )
+        if waited > self.timeout - 1 and number not in self._asked_in_waits:
+            self._asked_in_waits.add(number)
             self._ask(missing)
-        if waited > self.timeout and not self._first_error:
+        if waited > self.timeout:
             self._end_stalled(missing, now)
+
+    def _may_wait(self, member: Member) -> bool:
+        """Whether a worker may wait in a compiled step, which can't tell, where Horovod does not look itself."""
+        return self._own_waits and not member.waiting and member.doing.startswith("training at")
 
     def _waited(self, members: Sequence[Member]) -> str:
         """What the others were waiting for."""
-        others = [m for m in self.members if m not in members and (m.waiting or m.error)]
+        group = [m for m in self.members if m.group == members[0].group and m not in members]
+        others = [m for m in group if m.waiting or m.error or self._may_wait(m)]
         if not others:
             return ""
         what = waits_for(others[0])
@@ -248,15 +281,17 @@ class Hub(Watch):
         """Tell it, end the others, and this worker."""
         if not verdict.traceback and not verdict.shown and self.stopped_by_signal():
             verdict = replace(verdict, code=143)
-        elif not verdict.exception and self._missed_the_end():
-            pass
         else:
             self.report(verdict, member.directory)
+        self._end_all(verdict.code, member)
+
+    def _end_all(self, code: int, member: Member) -> None:
+        """End the others, `member` before them, and this worker."""
         others = self._others()
         for other in self.members:
             if other.line is not None:
-                other.line.send(kind="end", code=verdict.code, after=0.1 if other is member else _FAREWELL)
+                other.line.send(kind="end", code=code, after=0.1 if other is member else _FAREWELL)
                 self.wake(other)
         if others:
             time.sleep(_FAREWELL if member is not self.me else 0.1)
-        leave(verdict.code)
+        leave(code)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 ANSWER = 2.0  # seconds that the other side has to answer
+CALLING = 15.0  # seconds in which all workers have called rank 0
 MESSAGE = 1 << 20  # longest line in bytes
 _GREETING = 1 << 10  # before the other side is known
 
@@ -30,7 +31,7 @@ class Line:
     def send(self, **message: Any) -> None:
         """Send; what can't be sent is lost, and noticed by the silence."""
         with contextlib.suppress(OSError, ValueError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
+            self.socket.sendall(_encoded(message) + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
         """The messages that have come.
@@ -58,6 +59,21 @@ class Line:
         """Close; the other side sees the end."""
         with contextlib.suppress(OSError):
             self.socket.close()
+
+
+def cut(text: str, longest: int) -> str:
+    """The text, without its middle where it is too long."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} [...] {text[-half:]}"
+
+
+def _encoded(message: dict[str, Any]) -> bytes:
+    """The message, its texts cut until the other side takes it: some letters take six bytes in JSON."""
+    longest = MESSAGE
+    while len(data := json.dumps(message).encode()) > MESSAGE and longest > 1:
+        longest //= 2
+        message = {name: cut(value, longest) if isinstance(value, str) else value for name, value in message.items()}
+    return data
 
 
 def proof(key: bytes, *parts: str) -> str:

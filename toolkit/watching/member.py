@@ -24,6 +24,7 @@ from toolkit.world import World
 BEAT = 1.0  # seconds between two signs of life of a worker, for up to 128 of them
 SHARED = 5.0  # seconds in which an error that all ranks raise alike is expected from the lowest of them
 LAST = 3.0  # seconds after which a worker ends by itself that knows the job has failed
+ALL_GROUPS = " of all groups"  # ends the name of an operation that a group may come to much later than another
 
 
 class Here:
@@ -57,6 +58,8 @@ class Member:
         error: what it got because another had ended, or "".
         shared: an error that all ranks raise alike.
         stack: where its code stood when it was asked.
+        warned: its silence has been told.
+        met: it has sent something since it was welcomed.
     """
 
     rank: int
@@ -77,6 +80,7 @@ class Member:
     shared: dict[str, Any] = field(default_factory=dict)
     stack: str = ""
     warned: bool = False
+    met: bool = False
 
     def verdict(self, cause: str, **more: Any) -> Verdict:
         """A verdict about this worker."""
@@ -111,10 +115,9 @@ class Watch(threading.Thread):
         self._bell.setblocking(False)
         self._wake.setblocking(False)
         self.selector.register(self._bell, selectors.EVENT_READ, self._rung)
-        self._signalled: tuple[float, int] | None = None
+        self._signalled: tuple[float, bool] | None = None  # when, and whether it ends this process
         self._pid = os.getpid()
         self._next_beat = self._last_tick = now = time.monotonic()
-        self._woke = -LAST
         for member in members:
             member.heard = member.doing_since = now
 
@@ -140,6 +143,15 @@ class Watch(threading.Thread):
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, self._terminated)
 
+    def leave_signals(self) -> None:
+        """Put back what `hear_signals` has changed, where nobody else has taken signals over since."""
+        with contextlib.suppress(ValueError):
+            current = signal.set_wakeup_fd(-1)
+            if current not in (-1, self._wake.fileno()):
+                signal.set_wakeup_fd(current)
+            if signal.getsignal(signal.SIGTERM) == self._terminated:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def _terminated(self, number: int, frame: Any) -> None:
         """End by SIGTERM, but let the thread say first why, where the launcher sends it on account of a failure."""
         signal.signal(number, signal.SIG_DFL)
@@ -159,14 +171,21 @@ class Watch(threading.Thread):
         with contextlib.suppress(BlockingIOError):
             for number in self._bell.recv(4096):
                 if number in (signal.SIGTERM, signal.SIGINT):
-                    self._signalled = time.monotonic(), number
+                    ends = signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, self._terminated)
+                    self._signalled = time.monotonic(), ends
 
     def stopped_by_signal(self) -> bool:
         """Whether the whole job has just been told to stop, so that workers' ends are no news.
 
-        A launcher sends SIGTERM on account of a worker's end too, in the same moment.
+        A launcher sends SIGTERM on account of a worker's end too, in the same moment. Where a run takes signals as
+        wishes, workers go on, and one that ends is news; but a launcher that was told to stop kills all of them some
+        seconds later: then this does not return.
         """
-        return self._signalled is not None and 0.3 < time.monotonic() - self._signalled[0] < 10
+        if self._signalled is None or not 0.3 < time.monotonic() - self._signalled[0] < 10:
+            return False
+        if not self._signalled[1]:
+            time.sleep(1)
+        return self._signalled[1]
 
     def run(self) -> None:
         """Until the job is over."""
@@ -184,24 +203,15 @@ class Watch(threading.Thread):
 
     def _tick(self) -> None:
         now = time.monotonic()
-        if self._was_stopped(now):  # the silence was this process's own
+        if now - self._last_tick > max(3.0, 2 * self.beat):  # the silence was this process's own
             for member in self.members:
                 member.heard += now - self._last_tick
-            self._woke = now
         self._last_tick = now
         self._look_at_myself(now)
         if now >= self._next_beat:
             self._next_beat = now + self.beat
             self.beat_now(now)
         self.look(now)
-
-    def _was_stopped(self, now: float) -> bool:
-        return now - self._last_tick > max(3.0, 2 * self.beat)
-
-    def _missed_the_end(self) -> bool:
-        """Whether this process has just gone on after a stop: those that are gone by now have ended on its account."""
-        now = time.monotonic()
-        return self._was_stopped(now) or now - self._woke < LAST
 
     def _look_at_myself(self, now: float) -> None:
         me, waits = self.me, Here.waiting

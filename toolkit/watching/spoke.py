@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from toolkit.watching.diagnosis import process_state, stacks
-from toolkit.watching.lines import reach
+from toolkit.watching.lines import CALLING, reach
 from toolkit.watching.member import LAST, Member, Watch, deputies, failure, seconds, waits_for
 from toolkit.watching.verdict import Verdict, leave, mute
 
@@ -28,7 +28,11 @@ class Spoke(Watch):
 
     def run(self) -> None:
         """Reach rank 0, then watch until the job is over."""
+        end = time.monotonic() + CALLING
         line = reach(self._addresses, self.me.rank, self.key)
+        while line is None and time.monotonic() < end:  # such as while rank 0 loads what keeps Python's lock
+            time.sleep(0.2)
+            line = reach(self._addresses, self.me.rank, self.key)
         if line is None:
             self.warn(f"can't reach rank 0 at {self._addresses}: this worker goes on unwatched.")
             self.over.set()
@@ -75,10 +79,10 @@ class Spoke(Watch):
         """End this worker on account of rank 0, and say so where it is for this worker to say."""
         if self.stopped_by_signal():
             leave(143)
-        if self._missed_the_end():
-            leave(1)
         if self.me.rank in self._deputies:
             time.sleep(self._deputies.index(self.me.rank))  # the second speaks only if the first has not ended it all
+            if self._hub.line is not None:  # it may only be held up, and find the others gone when it goes on
+                self._hub.line.send(kind="ended", code=verdict.code)
             self.report(verdict)
             self.wake(self._hub)
             leave(verdict.code)
