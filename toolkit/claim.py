@@ -13,9 +13,11 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 LOCK = "run.lock"
+PATIENCE = 120.0  # seconds for a lost run's lock to go: on NFS that of a host that died lives on for about 90
 # What flock says on a file system that has no locks, such as some network ones.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _held: set[int] = set()  # descriptors that a forked child must not keep: it would hold the lock beyond this process
@@ -122,6 +124,31 @@ class Claim:
             )
             return False
         return True
+
+
+def claim_patiently(directory: Path, seconds: float, given_up: Callable[[], bool] = lambda: False) -> Claim:
+    """Claim a directory, where a run that has it ends in time.
+
+    Args:
+        directory: exists.
+        seconds: how long to wait for that.
+        given_up: whether to wait no more.
+
+    Raises:
+        OSError: as of `Claim`.
+    """
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            return Claim(directory)
+        except OSError as error:
+            left = began + seconds - time.monotonic()
+            if error.errno != errno.EBUSY or left <= 0 or given_up():
+                raise
+            if not said:
+                print(f"{directory}: {error.strerror}: waiting up to {seconds:.0f} s for its end", file=sys.stderr)
+            said = True
+        time.sleep(min(left, 0.5))
 
 
 def _owner(opened: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from toolkit import checkpoint, elastic, output, run
 from toolkit.adapters import Adapter
 from toolkit.errors import RunFailed, UsageError
+from toolkit.files import write_whole
 from toolkit.options import RunOptions
 from toolkit.sharding import k_fold
 from toolkit.world import World
@@ -90,10 +91,8 @@ def each_fold(
         file = directory / "folds.json"
         results = dict(sorted({**_saved_results(file, options.folds), **results}.items()))
         print(table(results), flush=True)
-        temporary = file.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-            temporary.replace(file)
+            write_whole(file, json.dumps(results, indent=1) + "\n")
         except OSError as error:
             raise RunFailed(
                 f"{file} could not be written: {checkpoint.reason(error)}; the table above is it."

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from toolkit import sharding, world
+from toolkit import ending, sharding, world
 from toolkit.world import World
 
 
@@ -194,4 +194,5 @@ class _Parser(argparse.ArgumentParser):
                 message = f"unknown option {unknown[1]}: --help lists what there is."
             message = re.sub(r"^argument \S+: (?=--)", "", message)  # the converters name the flag themselves
             print(f"error: {message}", file=sys.stderr)
+        ending.note(2)
         sys.exit(2)

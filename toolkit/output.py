@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from toolkit import checkpoint
 from toolkit.adapters import Adapter
-from toolkit.claim import LOCK, Claim
+from toolkit.claim import LOCK, Claim, claim_patiently
 from toolkit.errors import UsageError
+from toolkit.watching.verdict import FILE
 from toolkit.world import World
 
 _RUNS = Path("runs")
@@ -106,17 +107,18 @@ def choose(name: str, output: Path | None, resume: bool) -> Path:
     return output
 
 
-def claim(directory: Path, resume: bool) -> Claim:
+def claim(directory: Path, resume: bool, patience: float = 0) -> Claim:
     """Take a run's directory for this process, and clean up after killed runs.
 
     Args:
         directory: exists; a new run's is empty.
         resume: it is not a new run's.
+        patience: seconds to wait for the end of a run that has it.
 
     Raises:
         UsageError: another run has it, it can't be written to, or it is not empty.
     """
-    held = _hold(directory)
+    held = _hold(directory, patience)
     if not resume and _entries(directory):
         held.release()
         raise UsageError(f"{directory} is not an empty directory: choose another --output, or add --resume.")
@@ -127,9 +129,9 @@ def claim(directory: Path, resume: bool) -> Claim:
     return held
 
 
-def _hold(directory: Path) -> Claim:
+def _hold(directory: Path, patience: float = 0) -> Claim:
     try:
-        return Claim(directory)
+        return claim_patiently(directory, patience)
     except OSError as error:
         if error.errno == errno.EBUSY:
             text = f"{checkpoint.reason(error)}: wait for that run, or end it, or choose"
@@ -155,7 +157,8 @@ def to_resume(directory: Path) -> checkpoint.Checkpoint | None:
         print(f"warning: damaged checkpoint passed over: {damage}", file=sys.stderr)
     if found is None and any(directory.glob("fold-*")):
         raise UsageError(f"{directory} is of a cross-validation: add --folds, or name one of its fold-… with --output.")
-    if found is None and (saved or (_entries(directory) and not (directory / _METRICS).exists())):
+    others = set(_entries(directory)) - {FILE}  # of a run that failed before its first row
+    if found is None and (saved or (others and not (directory / _METRICS).exists())):
         raise UsageError(f"--resume found no whole checkpoint in {directory}: choose another --output to begin anew.")
     return found
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from toolkit import checkpoint
+from toolkit import checkpoint, output
+from toolkit.claim import LOCK, PATIENCE, claim_patiently
+from toolkit.ending import FINAL, Notes
 from toolkit.errors import UsageError
 
 _RESUME = "--resume"
-# Not failures of the run: done, a user's mistake, told to stop.
-_FINAL = {0, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+_HIDING = 1  # what horovodrun makes of any worker's exit code
 _PAUSE = 1.0  # seconds before a start, for what the last one leaves: ports, GPU memory, a host's own restart
 
 
@@ -40,26 +43,35 @@ def run(command: Sequence[str], restarts: int) -> int:
     """Run a launch command; when the run fails, start it again from its last checkpoint.
 
     A run that is resumed is the undisturbed one to the bit, so one that was started again is too. One without a
-    checkpoint begins anew; what it wrote is moved aside. SIGTERM, SIGINT and SIGHUP go on to the command, and then
-    it is not started again.
+    checkpoint begins anew. SIGTERM, SIGINT and SIGHUP go on to the command, and then it is not started again.
 
     Args:
         command: of a script that trains through `toolkit.run.Run`, with its `--output`.
         restarts: how often to start it again at most, ≥ 0.
 
     Returns:
-        The command's last exit code; 128 and the signal's number where a signal ended it.
+        The command's last exit code; 128 and the signal's number where a signal ended it. Where that is 1 and a
+        worker was told to stop, or found a mistake of the user's, that worker's.
 
     Raises:
-        UsageError: the command has no `--output`, can't be started, or `restarts` is below 0.
+        UsageError: the command has no `--output`, or one that is not empty and no `--resume`; it can't be started;
+            or `restarts` is below 0.
     """
     if restarts < 0:
         raise UsageError(f"--restarts is {restarts}: give 0 or more.")
     directory, given = _output(command), list(command)
-    with _Signals() as signals:
+    if _RESUME not in command and directory.exists():
+        output.choose("", directory, resume=False)  # or a restart would resume what the first start refuses
+    with _Signals() as signals, Notes() as notes:
         for restart in range(1, restarts + 2):
-            code = signals.follow(given)
-            if code in _FINAL or restart > restarts or signals.was_told_within(_PAUSE):
+            notes.clear()
+            code = signals.follow(given, {**os.environ, **notes.environment})
+            if code == _HIDING:
+                code = notes.last() or code
+            if code in {0, *FINAL} or restart > restarts or signals.was_told_within(_PAUSE):
+                break
+            _wait_for_locks(directory, signals)
+            if signals.told:
                 break
             given, begin = _again(command, directory)
             print(
@@ -75,6 +87,7 @@ class _Signals:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
+        self._to_hand_on: list[int] = []
         self._told = threading.Event()
 
     def __enter__(self) -> _Signals:
@@ -98,21 +111,27 @@ class _Signals:
             time.sleep(min(left, 0.1))
         return self.told
 
-    def follow(self, command: list[str]) -> int:
+    def follow(self, command: list[str], environment: Mapping[str, str]) -> int:
         """Run a command to its end; its exit code, as a shell gives it."""
         try:
             # A session of its own: a terminal's Ctrl-C would reach it twice, and a second signal ends at once.
-            self._process = subprocess.Popen(command, start_new_session=True)
+            self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         except OSError as error:
             raise UsageError(f"{command[0]} can't be run ({error.strerror}): give a command that runs.") from None
+        self._send()
         code = self._process.wait()
         self._process = None
         return 128 - code if code < 0 else code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self._told.set()
-        if self._process is not None:
-            self._process.send_signal(number)
+        self._to_hand_on.append(number)
+        self._send()
+
+    def _send(self) -> None:
+        """Hand on what has come; what comes while the command is being started waits until it is."""
+        while self._process is not None and self._to_hand_on:
+            self._process.send_signal(self._to_hand_on.pop(0))
 
 
 def _output(command: Sequence[str]) -> Path:
@@ -131,14 +150,21 @@ def _output(command: Sequence[str]) -> Path:
     return Path(given)
 
 
+def _wait_for_locks(directory: Path, signals: _Signals) -> None:
+    """Wait for what the last start left: orphans that are about to end, and on NFS a dead host's lock."""
+    end = time.monotonic() + PATIENCE
+    for place in (directory, *directory.glob("fold-*")):
+        if (place / LOCK).exists():
+            with contextlib.suppress(OSError):  # who has it still is told by the next start, which it refuses
+                claim_patiently(place, end - time.monotonic(), lambda: signals.told).release()
+
+
 def _again(command: Sequence[str], directory: Path) -> tuple[list[str], str]:
-    """The command that goes on with the run, and from where; of one without a checkpoint, that begins it anew."""
-    found, _ = checkpoint.newest_whole(checkpoint.steps(directory))
-    if found is not None or any(checkpoint.steps(fold) for fold in directory.glob("fold-*")):
-        resume = [] if _RESUME in command else [_RESUME]
-        return [*command, *resume], f"from {found.path if found else directory}"
-    aside = ""
-    if directory.is_dir() and any(directory.iterdir()):
-        kept = directory.rename(directory.with_name(f"{directory.name}.failed-{time.time_ns()}"))
-        aside = f", as there is no whole checkpoint in what is now {kept}"
-    return [part for part in command if part != _RESUME], f"from the beginning{aside}"
+    """The command that goes on with the run, or begins it anew where it has no checkpoint; and from where, in words."""
+    if not directory.is_dir():  # it failed before it made one
+        return list(command), "from the beginning"
+    saved = checkpoint.steps(directory)
+    found, _ = checkpoint.newest_whole(saved)
+    folds = any(checkpoint.steps(fold) for fold in directory.glob("fold-*"))
+    begin = f"from {found.path if found else directory}" if saved or folds else "from the beginning"
+    return [*command, *([] if _RESUME in command else [_RESUME])], begin

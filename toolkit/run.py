@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, elastic, output, plain, schedule, watch
+from toolkit import checkpoint, elastic, ending, output, plain, schedule, watch
 from toolkit.adapters import Adapter
 from toolkit.agreement import Agreement
 from toolkit.audit import Audit
-from toolkit.claim import Claim
+from toolkit.claim import PATIENCE, Claim
 from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
 from toolkit.progress import Progress
@@ -555,6 +555,7 @@ class Run:
             f"{resume_command(self.directory.parent if self.options.fold else self.directory, self.world.size)}"
         )
         self.adapter.stop()
+        ending.note(128 + word.asked)
         raise SystemExit(128 + word.asked)
 
     def _agree_on_directory(self) -> tuple[Path, checkpoint.Checkpoint | None]:
@@ -565,7 +566,9 @@ class Run:
         def decide() -> tuple[Path, tuple[Path, dict[str, Any], list[str]] | None]:
             resume = self.options.resume
             directory = holder.directory if holder else output.choose(self.name, self.options.output, resume)
-            self._claim = output.claim(directory, resume or holder is not None)
+            limit = self.options.stall_timeout
+            patience = min(PATIENCE, limit / 2 if limit else PATIENCE) if holder else 0  # the others wait for this rank
+            self._claim = output.claim(directory, resume or holder is not None, patience)
             if holder is not None and holder.step >= 0:
                 return directory, None
             try:

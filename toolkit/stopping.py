@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 _WISHES = (signal.SIGTERM, signal.SIGINT)
 _TOGETHER = 1.0  # seconds in which a second signal is the first one's echo: a launcher's, or that of a process group
+_HOROVODRUNS = "mpirun --allow-run-as-root --tag-output "  # how what `horovodrun --mpi` has a shell run begins
 _LAUNCHERS = ("mpirun", "mpiexec", "orterun", "horovodrun", "srun")
 
 
@@ -41,7 +42,7 @@ class Signals:
         os.set_blocking(writing, False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in _WISHES}
         self._wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        self._writing = writing
+        self._reading, self._writing = reading, writing
         os.register_at_fork(after_in_child=self._forget_in_child)
         threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
 
@@ -57,8 +58,10 @@ class Signals:
     def _listen(self, reading: int) -> None:
         first = 0.0
         shell = _horovodrun_shell()
+        poll = select.poll()  # select() takes no descriptors from 1024 on
+        poll.register(reading, select.POLLIN)
         while True:
-            readable, _, _ = select.select([reading], [], [], 1.0 if shell and not self.received else None)
+            readable = poll.poll(1000 if shell and not self.received else None)
             numbers = os.read(reading, 64) if readable else b""
             if readable and not numbers:
                 break
@@ -83,6 +86,9 @@ class Signals:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._before = {}
+            os.close(self._reading)
+            os.close(self._writing)  # or the thread would not see its parent close it
 
 
 def resume_command(directory: Path, size: int) -> str:
@@ -97,12 +103,20 @@ def resume_command(directory: Path, size: int) -> str:
     for process in _ancestors():
         names = [Path(word).name for word in process.words[:2]]  # a launcher in Python comes after its interpreter
         words = next(([n, *process.words[i + 1 :]] for i, n in enumerate(names) if n in _LAUNCHERS), words)
-    if words[0] == "mpirun" and "-x" in words and "-H" in words:  # horovodrun made it, and names every variable in it
+    if words[0] == "mpirun" and "-H" in words and _horovodrun_shell():  # it names every variable in its mpirun
         words = ["horovodrun", "--mpi", "-np", str(size), "-H", words[words.index("-H") + 1], *script]
+    words = _without_values(words)
     for flag in ("--resume",), ("--output", str(directory)):
         if not any(word == flag[0] or word.startswith(f"{flag[0]}=") for word in words):
             words = [*words, *flag]
     return shlex.join(words)
+
+
+def _without_values(words: list[str]) -> list[str]:
+    """A launcher's command line with `-x NAME` for `-x NAME=value`: what is printed may be kept and shown around."""
+    end = words.index(sys.argv[0]) if sys.argv[0] in words else len(words)
+    values = [i for i in range(1, end) if words[i - 1] in ("-x", "--x")]
+    return [word.partition("=")[0] if i in values else word for i, word in enumerate(words)]
 
 
 class _Process(NamedTuple):
@@ -140,7 +154,8 @@ def _horovodrun_shell() -> tuple[int, int] | None:
     """
     below = None
     for process in _ancestors():
-        if below and Path(below.words[0]).name == "mpirun" and process.words[1:2] == ["-c"]:
+        command = process.words[2] if process.words[1:2] == ["-c"] and len(process.words) > 2 else ""
+        if below and Path(below.words[0]).name == "mpirun" and command.startswith(_HOROVODRUNS):
             return below.number, process.number
         below = process
     return None

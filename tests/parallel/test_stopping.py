@@ -1,8 +1,12 @@
 """SIGTERM and SIGINT end a run with a checkpoint and the command that resumes it."""
 
 import os
+import resource
+import shlex
 import signal
+import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -136,9 +140,30 @@ def test_the_command_that_resumes_begins_with_the_launcher(tmp_path):
     assert found[-3:] == [script, "--output=z", "--resume"] and Path(found[0]).name.startswith("python")
 
 
-def test_signals_in_a_forked_child_are_its_own():
+def test_a_variables_value_is_not_printed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["s.py", "-x", "a=b"])
+    line = ["/usr/bin/mpirun", "-H", "a:2", "-x", "API_KEY=secret", "-x", "PATH", "python", "s.py", "-x", "a=b"]
+    for above in ([], [["/bin/bash", "-c", shlex.join(line)]]):  # a script of the user's is not horovodrun
+        found = [stopping._Process(1, words) for words in (line, *above)]
+        monkeypatch.setattr(stopping, "_ancestors", lambda found=found: iter(found))
+        printed = stopping.resume_command(Path("x"), 2)
+        assert printed == "mpirun -H a:2 -x API_KEY -x PATH python s.py -x a=b --resume --output x"
+    horovods = stopping._Process(
+        1, ["/bin/sh", "-c", f"mpirun --allow-run-as-root --tag-output {shlex.join(line[1:])}"]
+    )
+    monkeypatch.setattr(stopping, "_ancestors", lambda: iter([found[0], horovods]))
+    assert stopping.resume_command(Path("x"), 2).startswith("horovodrun --mpi -np 2 -H a:2 ")
+
+
+@pytest.mark.parametrize("descriptors", [0, 1024])
+def test_signals_in_a_forked_child_are_its_own(descriptors):
+    """With more open files than select() takes, too; and a child holds nothing up when the listening ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, descriptors + 100), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(descriptors)]
     signals = stopping.Signals()
     signals.install()
+    child = None
     try:
         child = os.fork()
         if child == 0:
@@ -155,6 +180,20 @@ def test_signals_in_a_forked_child_are_its_own():
         while signals.received is None and time.monotonic() < end:
             time.sleep(0.01)
         assert signals.received == signal.SIGINT
+        (listening,) = [thread for thread in threading.enumerate() if thread.name == "signals"]
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.2)
     finally:
         signals.restore()
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    listening.join(10)
+    ended = not listening.is_alive()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert ended
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

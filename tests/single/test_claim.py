@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from tests.launching import ROOT
 from toolkit import output
-from toolkit.claim import LOCK, Claim
+from toolkit.claim import LOCK, Claim, claim_patiently
 from toolkit.errors import UsageError
 
 
@@ -32,6 +33,18 @@ def test_the_second_is_refused_with_process_host_and_time(tmp_path):
     first.release()
     assert not (tmp_path / LOCK).exists()
     Claim(tmp_path).release()
+
+
+def test_a_lost_runs_lock_can_be_waited_for(tmp_path, capsys):
+    lost = Claim(tmp_path)
+    with pytest.raises(UsageError, match="another run has it"):
+        output.claim(tmp_path, True, patience=0.1)
+    with pytest.raises(OSError, match="another run has it"):
+        claim_patiently(tmp_path, 600, given_up=lambda: True)
+    assert capsys.readouterr().err.count("waiting up to 0 s for its end") == 1
+    threading.Timer(0.3, lost.release).start()
+    output.claim(tmp_path, True, patience=60).release()
+    assert capsys.readouterr().err.count("waiting up to 60 s for its end") == 1
 
 
 HOLDING = """

@@ -182,6 +182,8 @@ def test_the_systems_own_refusal_needs_no_root(tmp_path):
         ([], True),
         (["run.lock"], True),
         (["metrics.jsonl", "slurm-1.out", "error.json"], True),
+        (["error.json"], True),
+        (["error.json", "notes.txt"], False),
         (["notes.txt"], False),
         (["metrics.jsonl", "step-00000004/manifest.json"], False),
         (["metrics.jsonl", "fold-1/metrics.jsonl"], False),

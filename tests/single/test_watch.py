@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from toolkit import output, tuning, watch
 from toolkit.errors import UsageError
+from toolkit.files import write_whole
 from toolkit.watching import diagnosis, lines, spoke
 from toolkit.watching import hub as hub_module
 from toolkit.watching.hub import Hub
@@ -84,6 +86,22 @@ def test_error_json_is_whole_or_not_there(tmp_path):
         *(3, "far", "E: x", "Traceback", 7)
     ]
     assert found["time"].endswith("+00:00") and os.listdir(tmp_path) == ["error.json"]
+
+
+def test_what_lies_in_a_files_way_is_not_written_to(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "folds.json").symlink_to("precious")
+    write_whole(tmp_path / "folds.json", "{}")
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "folds.json").is_symlink()
+    (tmp_path / "error.json").mkdir()
+    with pytest.raises(OSError, match="error.json"):
+        write_whole(tmp_path / "error.json", "{}")
+    assert sorted(os.listdir(tmp_path)) == ["error.json", "folds.json", "precious"]
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / ".folds.json.guessed.tmp").symlink_to("precious")
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "folds.json", "{}")
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 @pytest.mark.parametrize("seconds", [2, 3, 5, 7.5, 60, 299, 300, 3600])

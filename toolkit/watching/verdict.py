@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from toolkit import ending
+from toolkit.files import write_whole
+
 FILE = "error.json"
 _WIDTH = 78  # covers what a progress bar left on the terminal's line
 # What the ranks that go on see when another one has ended, by Horovod's own words and by those of Gloo below it.
@@ -68,10 +71,8 @@ class Verdict:
         if directory is None or not directory.is_dir() or not self.kept:
             return
         content = {key: value for key, value in asdict(self).items() if key not in ("code", "kept", "shown")}
-        temporary = directory / f".{FILE}.{os.getpid()}.tmp"
         with contextlib.suppress(OSError):  # a full or vanished disk: the terminal has it all
-            temporary.write_text(json.dumps({**content, "exit_code": self.code}, indent=1) + "\n")
-            os.replace(temporary, directory / FILE)
+            write_whole(directory / FILE, json.dumps({**content, "exit_code": self.code}, indent=1) + "\n")
 
 
 def is_consequence(error: BaseException | None) -> bool:
@@ -116,6 +117,8 @@ def mute() -> None:
 
 def leave(code: int) -> None:
     """End this process now, without Horovod's and MPI's shutdown, which would wait for the other ranks."""
+
+    ending.note(code)
 
     def flush() -> None:
         for stream in (sys.stdout, sys.stderr):

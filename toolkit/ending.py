@@ -1,0 +1,61 @@
+"""What a job that ends tells `hvdkit restart`, as launchers may hide its exit code: horovodrun makes it 1."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from types import TracebackType
+
+# Ends that are no failures of the run: a user's mistake, told to stop.
+FINAL = frozenset({2, 128 + signal.SIGINT, 128 + signal.SIGTERM})
+_FILE = "HVDKIT_EXIT_CODE_FILE"  # the environment variable that names it
+_RECENT = 60.0  # seconds; of an elastic job a worker may have left long before the end
+
+
+def note(code: int) -> None:
+    """Note with what this worker ends, where that is final and someone on this host wants to know it."""
+    if code in FINAL and _FILE in os.environ:
+        with contextlib.suppress(OSError):  # another host has no such file
+            opened = os.open(os.environ[_FILE], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                os.write(opened, f"{code}\n".encode())
+            finally:
+                os.close(opened)
+
+
+class Notes:
+    """A file for the notes of a command's workers, from entering to leaving.
+
+    Attributes:
+        environment: what the command needs in its own.
+    """
+
+    def __enter__(self) -> Notes:
+        opened, self._path = tempfile.mkstemp(prefix="hvdkit-restart-")
+        os.close(opened)
+        self.environment = {_FILE: self._path}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def clear(self) -> None:
+        """Forget all, before a start."""
+        with contextlib.suppress(OSError):
+            os.truncate(self._path, 0)
+
+    def last(self) -> int | None:
+        """What a worker that has just ended has noted."""
+        try:
+            with open(self._path, "rb") as file:
+                codes = [int(line) for line in file.read(1 << 20).split()]
+                late = time.time() - os.fstat(file.fileno()).st_mtime < _RECENT
+        except (OSError, ValueError):
+            return None
+        return codes[-1] if codes and late else None
