@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import shlex
@@ -147,6 +148,7 @@ def _is_child(number: int, parent: int) -> bool:
         return False
 
 
+@functools.cache  # asked first when the listening begins: a shell that a signal has ended is not seen any more
 def _horovodrun_shell() -> tuple[int, int] | None:
     """The process numbers of mpirun and of the shell that `horovodrun --mpi` turned into to start it.
 

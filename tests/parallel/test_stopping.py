@@ -141,6 +141,7 @@ def test_the_command_that_resumes_begins_with_the_launcher(tmp_path):
 
 
 def test_a_variables_value_is_not_printed(monkeypatch):
+    monkeypatch.setattr(stopping, "_horovodrun_shell", stopping._horovodrun_shell.__wrapped__)  # that remembers nothing
     monkeypatch.setattr(sys, "argv", ["s.py", "-x", "a=b"])
     line = ["/usr/bin/mpirun", "-H", "a:2", "-x", "API_KEY=secret", "-x", "PATH", "python", "s.py", "-x", "a=b"]
     for above in ([], [["/bin/bash", "-c", shlex.join(line)]]):  # a script of the user's is not horovodrun
