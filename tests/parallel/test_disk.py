@@ -46,6 +46,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(small):
     check_whole(small / "run")
 
 
+@pytest.mark.long
 def test_a_disk_full_to_the_end_fails_the_run_in_one_line(small):
     *_, line = trained(small, "full to the end", code=1)
     newest = small / "run" / "step-00000006"
@@ -61,6 +62,7 @@ def test_a_removed_directory_is_made_again(tmp_path):
     check_whole(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_what_took_the_directorys_place_is_left_alone_and_the_run_goes_on(tmp_path):
     lines = trained(tmp_path, "replaced for a while")
     assert sum("something else is there now; training goes on" in line for line in lines) == 2, lines

@@ -49,7 +49,7 @@ def test_the_table_has_every_fold_with_mean_and_deviation(one_worker):
     [
         ("linear_regression_torch", 3, "mpirun", ""),  # groups of 1 and 2 workers
         pytest.param("linear_regression_torch", 2, "horovodrun-gloo", "", marks=pytest.mark.long),
-        ("linear_regression_tensorflow", 3, "mpirun", ""),
+        pytest.param("linear_regression_tensorflow", 3, "mpirun", "", marks=pytest.mark.long),
         pytest.param("linear_regression_keras", 2, "horovodrun-gloo", "tensorflow", marks=pytest.mark.long),
         ("linear_regression_keras", 2, "horovodrun-gloo", "torch"),
     ],

@@ -56,7 +56,7 @@ def weights(output):
     return {name: array for name, array in state.items() if name.startswith("model/")}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", some_long([1, 2, 3, 4], short=[1, 3]))
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_linear_regression_reaches_numpys_least_squares(train, flavour, size):
     data = datasets.diabetes()
@@ -119,7 +119,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("recipe", RANDOM)
+@pytest.mark.parametrize("recipe", some_long(RANDOM, short=["cnn"]))
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_resumed_run_is_the_uninterrupted_one(train, flavour, recipe):
     """To the bit: weights, optimizer, random states of every rank, metrics."""
@@ -159,7 +159,7 @@ def resume(recipe, flavour, size, output, *arguments):
     ("flavour", "sharding"),
     [
         ("torch", "random"),
-        ("keras on tensorflow", "sequential"),
+        pytest.param("keras on tensorflow", "sequential", marks=pytest.mark.long),
         pytest.param("tensorflow", "random", marks=pytest.mark.long),
         pytest.param("keras on torch", "sequential", marks=pytest.mark.long),
         pytest.param("torch", "sequential", marks=pytest.mark.long),
