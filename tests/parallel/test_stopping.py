@@ -156,6 +156,20 @@ def test_a_variables_value_is_not_printed(monkeypatch):
     assert stopping.resume_command(Path("x"), 2).startswith("horovodrun --mpi -np 2 -H a:2 ")
 
 
+def forked():
+    """A child that has come past what Python does after a fork."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
+    return child
+
+
 @pytest.mark.parametrize("descriptors", [0, 1024])
 def test_signals_in_a_forked_child_are_its_own(descriptors):
     """With more open files than select() takes, too; and a child holds nothing up when the listening ends."""
@@ -166,11 +180,7 @@ def test_signals_in_a_forked_child_are_its_own(descriptors):
     signals.install()
     child = None
     try:
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-            os._exit(0)
-        time.sleep(0.2)
+        child = forked()
         os.kill(child, signal.SIGINT)  # which a group's Ctrl-C sends to it too
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
@@ -182,11 +192,7 @@ def test_signals_in_a_forked_child_are_its_own(descriptors):
             time.sleep(0.01)
         assert signals.received == signal.SIGINT
         (listening,) = [thread for thread in threading.enumerate() if thread.name == "signals"]
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-            os._exit(0)
-        time.sleep(0.2)
+        child = forked()
     finally:
         signals.restore()
         for descriptor in opened:
