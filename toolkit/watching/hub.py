@@ -170,7 +170,8 @@ class Hub(Watch):
     def _settle_shared(self, now: float) -> None:
         """An error that all ranks of a group raise alike is told once, by the lowest that has it."""
         told = [member for member in self.members if member.shared]
-        group = [member for member in self.members if member.group == told[0].group and member.line is not None]
+        there = [member for member in self.members if member.line is not None or member is self.me]
+        group = [member for member in there if member.group == told[0].group]
         if self.me in told or all(member.shared for member in group) or now > self._first_shared + SHARED:
             member = told[0]
             self._end(failure(member, member.shared), member)
