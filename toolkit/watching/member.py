@@ -206,6 +206,8 @@ class Watch(threading.Thread):
         if now - self._last_tick > max(3.0, 2 * self.beat):  # the silence was this process's own
             for member in self.members:
                 member.heard += now - self._last_tick
+            self._last_tick = now
+            return  # to read first what has come meanwhile
         self._last_tick = now
         self._look_at_myself(now)
         if now >= self._next_beat:
