@@ -29,7 +29,7 @@ def add_to(commands: Any) -> None:
     """Add the command to what `argparse.ArgumentParser.add_subparsers` gave."""
     command = commands.add_parser(
         "restart",
-        help="run a launch command, and again from its last checkpoint when the run fails",
+        help="run a launch command, and again with --resume when the run fails (not on exit code 0, 2, 130, 143)",
         usage="hvdkit restart [--restarts N] -- mpirun -np 4 python recipes/cnn_torch.py --output DIR [its options]",
     )
     command.add_argument(
