@@ -34,6 +34,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._held = threading.local()  # the forking thread's own signal mask
 
     def install(self) -> None:
         """Begin to listen; does nothing outside of the main thread, where Python allows no handlers."""
@@ -44,7 +45,10 @@ class Signals:
         self._before = {number: signal.signal(number, lambda *_: None) for number in _WISHES}
         self._wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._reading, self._writing = reading, writing
-        os.register_at_fork(after_in_child=self._forget_in_child)
+        # Until the child has forgotten, a signal to it would be heard here.
+        os.register_at_fork(
+            before=self._hold_signals, after_in_parent=self._let_signals, after_in_child=self._forget_in_child
+        )
         threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
 
     def restore(self) -> None:
@@ -81,6 +85,15 @@ class Signals:
                     os._exit(128 + number)
         os.close(reading)
 
+    def _hold_signals(self) -> None:
+        if self._before:
+            self._held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WISHES)
+
+    def _let_signals(self) -> None:
+        mask = vars(self._held).pop("mask", None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     def _forget_in_child(self) -> None:
         """A data loader's process: Ctrl-C is its parent's matter, and SIGTERM ends it."""
         if self._before:
@@ -90,6 +103,7 @@ class Signals:
             self._before = {}
             os.close(self._reading)
             os.close(self._writing)  # or the thread would not see its parent close it
+        self._let_signals()
 
 
 def resume_command(directory: Path, size: int) -> str:
