@@ -107,7 +107,13 @@ def with_manifest(**changes):
 HUGE = 10**11  # items of a list
 
 
-@settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=examples,
+    deadline=None,
+    database=None,
+    derandomize=examples < 1000,
+    suppress_health_check=list(HealthCheck),
+)
 @given(forgeries())
 @example(with_state("rank0/random/numpy/position", np.array([10**9, 0])))  # numpy reads there without a look
 @example(with_state("rank0/random/numpy/position", np.array([-5, 0])))
