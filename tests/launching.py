@@ -123,6 +123,14 @@ def kill_marked(mark: str, grace: float = 0) -> list[str]:
     return list(left.values())
 
 
+def seconds_until_gone(mark: str, most: float) -> float:
+    """How long it takes from now until no process carries the mark; at most `most` seconds are waited."""
+    began = time.monotonic()
+    while marked(mark) and time.monotonic() - began < most:
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
 def marked(mark: str) -> dict[int, str]:
     """Process numbers and command lines of the processes that carry the mark."""
     found = {}

@@ -1,7 +1,7 @@
 """What ranks have to tell each other between steps: a wish to stop, and numbers that are not finite.
 
 That there is something to tell travels as one number with the step's gradients, so all ranks know it after the same
-step, at no cost; only then they gather what it is.
+step, without an operation of its own; only then they gather what it is.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def decided_by_rank_0(world: World, adapter: Adapter, decide: Callable[[], T], a
         all_groups: rank 0 of the whole job decides, for all groups.
 
     Raises:
-        UsageError: `decide` raised it; on every rank.
+        UsageError: `decide` raised it, or an `OSError`; on every rank. Anything else that it raises, such as
+            `RunFailed`, is raised on rank 0 alone, whose end is then the job's.
     """
     pending, thread, began = None, ThreadPoolExecutor(1, "disk"), time.monotonic()
     if world.rank == 0 and not (all_groups and world.group > 0):
@@ -97,7 +98,7 @@ def choose(name: str, output: Path | None, resume: bool) -> Path:
         return _new_directory(name, last + 1)
     try:
         if output.exists() and (not output.is_dir() or _entries(output)):
-            for place in (output, *output.glob("fold-*")):
+            for place in (output, *output.glob("fold-*")):  # that a run is at work there is the better reason
                 if (place / LOCK).exists():
                     _hold(place).release()
             raise UsageError(f"{output} is not an empty directory: choose another --output, or add --resume.")

@@ -151,6 +151,7 @@ class Run:
         self._extra = dict(extra or {})
         self._stopped = self._save_is_due = False
         self._agreement = Agreement(adapter, world, options.on_nan, lambda line: self.progress.line(line))
+        # Torch's has a flush(), as it holds a step's passes back; Keras' takes each as a step of its own.
         if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
             raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
         self._claim: Claim | None = None  # rank 0's, on the output directory

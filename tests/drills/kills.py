@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.drills.report import Drill, table
-from tests.launching import begin, kill_marked, launch, marked
+from tests.launching import begin, kill_marked, launch, marked, seconds_until_gone
 from toolkit import checkpoint, output
 
 # Of each recipe: steps in an epoch, steps between checkpoints, steps that the run has for each kill, and its options.
@@ -109,10 +109,7 @@ class _Chain:
                 victims = [self.generator.choice(ranks)] if ranks and self.generator.random() < 0.75 else list(job)
                 for pid in victims:
                     _kill(pid)
-                start = time.monotonic()
-                while marked(mark) and time.monotonic() - start < 60:
-                    time.sleep(0.02)
-                seconds = time.monotonic() - start
+                seconds = seconds_until_gone(mark, 60)
                 left = kill_marked(mark)
                 code = process.wait(60)
             finally:

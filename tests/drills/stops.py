@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.drills.kills import differences, is_rank
 from tests.drills.report import Drill, table
-from tests.launching import begin, kill_marked, launch, marked
+from tests.launching import begin, kill_marked, launch, marked, seconds_until_gone
 from toolkit import checkpoint
 
 # Of each recipe: steps in an epoch, steps that the run has for each stop, and its options.
@@ -87,10 +87,7 @@ def _stop(drill: Drill, command: list[str], work: Path, launcher: str, number: i
             ranks = sorted(pid for pid in marked(mark) if is_rank(pid))
             rank = generator.choice([None, *ranks])
             os.kill(process.pid if rank is None else rank, number)
-            start = time.monotonic()
-            while marked(mark) and time.monotonic() - start < _LONGEST:
-                time.sleep(0.02)
-            drill.seconds.append(time.monotonic() - start)
+            drill.seconds.append(seconds_until_gone(mark, _LONGEST))
             left = kill_marked(mark)
             code = process.wait(60)
         finally:

@@ -117,7 +117,7 @@ class Adapter(Protocol):
         """
 
     def exchange_flag(self, flag: bool | None) -> tuple[bool, str | None]:
-        """Tell the other ranks something at no cost: a flag that travels with the gradients.
+        """Tell the other ranks something, without an operation of its own: a flag that travels with the gradients.
 
         From a call on, steps whose averaged gradients are not finite are left out, on all ranks alike, until a call
         with None. With several optimizers each looks at its own gradients.

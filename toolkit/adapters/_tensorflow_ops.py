@@ -113,7 +113,7 @@ class GradientAverager:
         self._name = name
         self._compression = compression
         self._agreed: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
-        self._places: dict[tuple[int, ...], int] = {}  # of the variables' names among all
+        self._places: dict[tuple[int, ...], tuple[int, list[Any]]] = {}  # of the variables' names among all
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient (dense tensor, `tf.IndexedSlices` or None) over all ranks."""
@@ -152,12 +152,12 @@ class GradientAverager:
         taken = _are_finite(means) | ~exchange.guarded
         key = tuple(id(v) for v in variables)
         if key not in self._places:
-            self._places[key] = len(exchange.names)
+            self._places[key] = len(exchange.names), list(variables)  # held, so that ids stay theirs
             exchange.names += [getattr(v, "path", v.name) for v in variables]
 
         def leave_out() -> None:
             finite = tf.stack([_are_finite([g]) for g in gradients])
-            first = self._places[key] + tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32)
+            first = self._places[key][0] + tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32)
             place = tf.where(tf.reduce_all(finite), _ELSEWHERE, first)
             exchange.broken.assign(tf.where(exchange.broken == _WHOLE, place, exchange.broken))
 
