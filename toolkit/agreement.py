@@ -52,7 +52,7 @@ class Agreement:
         self._heard: tuple[bool, str | None] = False, None  # what came with the gradients and was not acted on yet
 
     def begin(self, signals: bool) -> None:
-        """Begin to listen, and with `signals` to take those as wishes; what came before is nothing to this run."""
+        """Begin to listen, and with `signals` to take those as wishes."""
         self._exchange()
         self._heard = False, None
         if signals:
@@ -60,7 +60,7 @@ class Agreement:
 
     def end(self) -> None:
         """Leave signals to whoever had them before, and steps as they are."""
-        self._signals.restore()
+        self._signals.restore(answered=self.stopping is not None)
         self._adapter.exchange_flag(None)
 
     def ask_to_stop(self) -> None:

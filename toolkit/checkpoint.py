@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import threading
 import time
 import warnings
@@ -31,6 +30,7 @@ import safetensors
 import safetensors.numpy
 
 from toolkit.errors import UsageError
+from toolkit.progress import say
 
 FORMAT_VERSION = 1
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
@@ -192,25 +192,20 @@ class Writer:
         except OSError as error:
             before, self._reason = self._reason, reason(error)
             if self._reason != before:  # told once, however long it stays so
-                _say(
+                say(
                     f"warning: the checkpoint of step {step} could not be written to {directory}: {self._reason}; "
                     f"training goes on, and it, or a newer one, is tried again every {RETRY_SECONDS:g} s"
                 )
         else:
             self._job = None
             if self._reason:
-                _say(f"checkpoints can be written again: {path}")
+                say(f"checkpoints can be written again: {path}")
             self._reason = ""
 
 
 def reason(error: OSError) -> str:
     """What the system said, without the paths around it."""
     return error.strerror or str(error)
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")  # in one write, as another thread may print too
-    sys.stderr.flush()
 
 
 def steps(directory: Path) -> list[Path]:

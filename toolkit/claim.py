@@ -10,11 +10,12 @@ import json
 import os
 import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from toolkit.progress import say
 
 LOCK = "run.lock"
 PATIENCE = 120.0  # seconds for a lost run's lock to go: on NFS that of a host that died lives on for about 90
@@ -117,10 +118,9 @@ class Claim:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            print(
+            say(
                 f"warning: the file system of {self._path} has no locks ({error.strerror}): "
-                "see to it that no other run is started in this directory",
-                file=sys.stderr,
+                "see to it that no other run is started in this directory"
             )
             return False
         return True
@@ -146,7 +146,7 @@ def claim_patiently(directory: Path, seconds: float, given_up: Callable[[], bool
             if error.errno != errno.EBUSY or left <= 0 or given_up():
                 raise
             if not said:
-                print(f"{directory}: {error.strerror}: waiting up to {seconds:.0f} s for its end", file=sys.stderr)
+                say(f"{directory}: {error.strerror}: waiting up to {seconds:.0f} s for its end")
             said = True
         time.sleep(min(left, 0.5))
 

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, elastic, output, run
+from toolkit import checkpoint, elastic, ending, output, run
 from toolkit.adapters import Adapter
 from toolkit.errors import RunFailed, UsageError
 from toolkit.files import write_whole
 from toolkit.options import RunOptions
 from toolkit.sharding import k_fold
+from toolkit.stopping import listening
 from toolkit.world import World
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -82,9 +83,12 @@ def each_fold(
         )
         if world.rank == 0:
             results[fold + 1] = _last_epoch(place)
-    found = adapter.gather(results, all_groups=True)
+    with listening() as signals:  # between the operations of gathering a signal would leave the others alone
+        found = adapter.gather(results, all_groups=True)
     if None in found:  # what a group gathers that was told to stop, when it leaves the job
-        raise SystemExit(128 + signal.SIGTERM)
+        told = 128 + (signals.received or signal.SIGTERM)
+        ending.note(told)
+        raise SystemExit(told)
     for other in found:
         results.update(other)
     if world.rank == world.group == 0:
@@ -92,7 +96,7 @@ def each_fold(
         results = dict(sorted({**_saved_results(file, options.folds), **results}.items()))
         print(table(results), flush=True)
         try:
-            write_whole(file, json.dumps(results, indent=1) + "\n")
+            write_whole(file, json.dumps(results, indent=1).encode() + b"\n")
         except OSError as error:
             raise RunFailed(
                 f"{file} could not be written: {checkpoint.reason(error)}; the table above is it."

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,11 +18,13 @@ from toolkit import checkpoint
 from toolkit.adapters import Adapter
 from toolkit.claim import LOCK, Claim, claim_patiently
 from toolkit.errors import UsageError
+from toolkit.files import remove_leftovers, write_whole
+from toolkit.progress import say
 from toolkit.watching.verdict import FILE
 from toolkit.world import World
 
 _RUNS = Path("runs")
-_METRICS, _METRICS_LEFTOVER = "metrics.jsonl", "metrics.tmp"
+_METRICS = "metrics.jsonl"
 _LONGEST_ROW = 1 << 20  # bytes; a row takes hundreds
 _RETRY_SECONDS = 5.0  # between attempts to write rows that could not be written
 _DISK_SECONDS, _WARN_SECONDS = 0.5, 30.0  # the disk's, until the ranks tell each other, and until they tell the user
@@ -56,7 +57,7 @@ def decided_by_rank_0(world: World, adapter: Adapter, decide: Callable[[], T], a
         done, answer = adapter.gather((done, pending.result() if pending and done else None), all_groups=all_groups)[0]
         if pending is not None and not warned and time.monotonic() - began > _WARN_SECONDS:
             warned = True
-            print(f"[{world.name}] warning: a slow disk: all ranks wait for it", file=sys.stderr, flush=True)
+            say(f"[{world.name}] warning: a slow disk: all ranks wait for it")
     if isinstance(answer, UsageError):
         raise answer
     return answer
@@ -125,8 +126,7 @@ def claim(directory: Path, resume: bool, patience: float = 0) -> Claim:
         raise UsageError(f"{directory} is not an empty directory: choose another --output, or add --resume.")
     if held.locked:  # or they might be another's that is at work
         checkpoint.remove_leftovers(directory)
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            (directory / _METRICS_LEFTOVER).unlink()
+        remove_leftovers(directory)
     return held
 
 
@@ -155,12 +155,14 @@ def to_resume(directory: Path) -> checkpoint.Checkpoint | None:
     saved = checkpoint.steps(directory)
     found, damages = checkpoint.newest_whole(saved)
     for damage in damages:
-        print(f"warning: damaged checkpoint passed over: {damage}", file=sys.stderr)
+        say(f"warning: damaged checkpoint passed over: {damage}")
     if found is None and any(directory.glob("fold-*")):
         raise UsageError(f"{directory} is of a cross-validation: add --folds, or name one of its fold-… with --output.")
     others = set(_entries(directory)) - {FILE}  # of a run that failed before its first row
     if found is None and (saved or (others and not (directory / _METRICS).exists())):
         raise UsageError(f"--resume found no whole checkpoint in {directory}: choose another --output to begin anew.")
+    if found is None and read_metrics(directory, "epoch"):  # its checkpoints may lie elsewhere by now
+        _put_aside(directory / _METRICS)
     return found
 
 
@@ -191,7 +193,7 @@ class Metrics:
         """Close the file, after a last attempt to write what waits."""
         self._try()
         if self._waiting:
-            _warn(f"{len(self._waiting)} row(s) of {self._path} are lost: they could not be written to the end")
+            say(f"warning: {len(self._waiting)} row(s) of {self._path} are lost: they could not be written to the end")
         self._file = _close(self._file)
 
     def _try(self) -> None:
@@ -205,7 +207,9 @@ class Metrics:
         except OSError as error:
             if self._failed_at is None:
                 reason = checkpoint.reason(error)
-                _warn(f"{self._path} could not be written: {reason}; training goes on, and rows wait until it can be")
+                say(
+                    f"warning: {self._path} could not be written: {reason}; training goes on, rows wait until it can be"
+                )
             self._failed_at = time.monotonic()
             with contextlib.suppress(OSError):  # of a row that fits in part, nothing stays
                 os.ftruncate(self._file, self._end)
@@ -213,7 +217,7 @@ class Metrics:
         self._waiting.clear()
         self._end += len(rows)
         if self._failed_at is not None:
-            print(f"{self._path} can be written again; no row is lost", file=sys.stderr)
+            say(f"{self._path} can be written again; no row is lost")
         self._failed_at = None
 
     def _open(self) -> None:
@@ -222,18 +226,13 @@ class Metrics:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
                     return
-                self._path.rename(f"{self._path}.replaced-{time.time_ns()}")  # someone's new file of this name
+                _put_aside(self._path)  # someone's new file of this name
             with contextlib.suppress(OSError):  # such as a network file system's, on which it is gone at once
                 self._waiting.insert(0, os.pread(self._file, self._end, 0))
             self._file, self._step = _close(self._file), 0
         keep = b"".join(line for line, row in _rows(self._path) if _step_of(row) <= self._step)
         if not _begins_with(self._path, keep):  # a row in between is not whole: write the others anew
-            temporary = self._path.with_name(_METRICS_LEFTOVER)
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            with open(temporary, "xb") as file:
-                file.write(keep)
-            os.replace(temporary, self._path)
+            write_whole(self._path, keep)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._file, self._end = os.open(self._path, flags, 0o644), len(keep)
         os.ftruncate(self._file, self._end)
@@ -282,14 +281,14 @@ def _begins_with(path: Path, content: bytes) -> bool:
         return not content
 
 
+def _put_aside(path: Path) -> None:
+    path.rename(f"{path}.replaced-{time.time_ns()}")
+
+
 def _close(descriptor: int) -> int:
     if descriptor >= 0:
         os.close(descriptor)
     return -1
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def _new_directory(name: str, number: int) -> Path:

@@ -14,6 +14,18 @@ from toolkit.world import World
 _WIDTH = 78
 
 
+def say(line: str, file: TextIO | None = None) -> None:
+    """Write a line for the user, to standard error unless told otherwise.
+
+    In one write, as others write there too, and a launcher may put a tag before each piece that it reads. Where it
+    goes to a disk that is full, a terminal that was hung up or a launcher that has gone, training goes on without it.
+    """
+    file = file or sys.stderr
+    with contextlib.suppress(OSError):
+        file.write(line + "\n")
+        file.flush()
+
+
 class Progress:
     """A bar of steps where there is a terminal, and lines on standard output everywhere.
 
@@ -57,10 +69,7 @@ class Progress:
         text = self._prefix + text
         if self._bar is not None:
             self._bar.clear()
-        # In one write: a launcher may put a tag before each piece that it reads.
-        with contextlib.suppress(BrokenPipeError):  # whoever read it has gone, such as a launcher told to stop
-            sys.stdout.write((text.ljust(_WIDTH) if self._bar is not None else text) + "\n")
-            sys.stdout.flush()
+        say(text.ljust(_WIDTH) if self._bar is not None else text, sys.stdout)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -68,7 +77,8 @@ class Progress:
             self._bar.close()
             self._bar = None
         if self._terminal is not None:
-            self._terminal.close()
+            with contextlib.suppress(OSError):
+                self._terminal.close()
             self._terminal = None
 
 
@@ -79,10 +89,12 @@ class _AtLineStart:
         self._file = file
 
     def write(self, text: str) -> None:
-        self._file.write(text + "\r")
+        with contextlib.suppress(OSError):  # a terminal that was hung up
+            self._file.write(text + "\r")
 
     def flush(self) -> None:
-        self._file.flush()
+        with contextlib.suppress(OSError):
+            self._file.flush()
 
 
 def _terminal() -> TextIO | None:

@@ -154,6 +154,7 @@ class Run:
         # Torch's has a flush(), as it holds a step's passes back; Keras' takes each as a step of its own.
         if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
             raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
+        self._statistics: dict[str, np.ndarray] | None = None  # from before the coming step, where they are kept
         self._claim: Claim | None = None  # rank 0's, on the output directory
         self._metrics: output.Metrics | None = None  # rank 0's
         self._membership = elastic.current()
@@ -208,6 +209,7 @@ class Run:
         self.directory, found = self._agree_on_directory()
         watch.directory(self.directory)
         self._take_up(found)
+        self._keep_statistics()
         self._origin = self.adapter.describe(self.model)
         if self.world.rank == 0:
             self._metrics = output.Metrics(self.directory, self.step, self._check_claim)
@@ -314,15 +316,20 @@ class Run:
             self._audit.note(part.indices)
         loss = float(loss.detach() if hasattr(loss, "detach") else loss)
         self._losses.append(loss)
-        left_out = self._agreement.after_pass(loss, self.step + 1)
+        try:
+            left_out = self._agreement.after_pass(loss, self.step + 1)
+        except RunFailed:  # on every rank: the rows that lead there, and this step's, are what the user looks for
+            self._rows.append(self._row(self.step + 1))
+            self._flush()
+            raise
         if len(self._losses) < self.options.accumulation_steps:
             return
-        rate = self.learning_rate()
+        row = self._row(self.step + 1)
         self._at.step += 1
         self._at.step_in_epoch += 1
-        row = {"epoch": self.epoch + 1, "step": self.step, "learning_rate": rate, "loss": self._losses}
         self._rows.append({**row, "skipped": True} if left_out else row)
         self._losses = []
+        self._keep_statistics(put_back=left_out)
         self.progress.advance(self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
             self._flush()
@@ -339,6 +346,22 @@ class Run:
         if inside:
             self._leave_if_told()
         watch.doing(f"loading the batch of step {self.step + 1}" if inside else f"ending epoch {self.epoch + 1}")
+
+    def _row(self, step: int) -> dict[str, Any]:
+        return {"epoch": self.epoch + 1, "step": step, "learning_rate": self.learning_rate(), "loss": self._losses}
+
+    def _keep_statistics(self, put_back: bool = False) -> None:
+        """With `--on-nan skip`: keep BatchNorm's statistics, or put back those from before a step that is left out.
+
+        What is not finite reaches them in the forward pass, and would stay.
+        """
+        if self.options.on_nan != "skip" or self._statistics == {}:
+            return
+        local = self.adapter.export_local(self.model)
+        if put_back and self._statistics is not None:
+            self.adapter.import_local(self.model, {**local, **self._statistics})
+        else:
+            self._statistics = {name: array for name, array in local.items() if name.startswith("model/")}
 
     def check_sync(self) -> None:
         """Compare all ranks' parameters, buffers and optimizer state by their digests.
@@ -369,7 +392,8 @@ class Run:
         if self._audit:
             self.progress.line(self._audit.end_epoch(self.epoch + 1))
         not_finite = self._at.not_finite
-        loss = self._at.loss_sum / max(1, self.sharding.steps_per_epoch - not_finite)
+        finite = self.sharding.steps_per_epoch - not_finite
+        loss = self._at.loss_sum / finite if finite else math.nan
         self._at = _Position(self.epoch + 1, self.step)
         seconds = time.perf_counter() - self._epoch_began
         self._epoch_began = time.perf_counter()
@@ -632,7 +656,9 @@ class Run:
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
         """Refuse to continue a run whose position would mean other samples here, or what no run has saved."""
         manifest, shown = found.manifest, checkpoint.shown
-        for key, value in self._identity().items():
+        here = self.adapter.describe(self.model)
+        told = {key: here.get(key) for key in ("framework", "backend")}
+        for key, value in {**told, **self._identity()}.items():
             if manifest.get(key) != value:
                 raise UsageError(
                     f"--resume: {found.path} was made with {key} {shown(manifest.get(key))}, "

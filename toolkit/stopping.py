@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from toolkit import ending
+
 _WISHES = (signal.SIGTERM, signal.SIGINT)
 _TOGETHER = 1.0  # seconds in which a second signal is the first one's echo: a launcher's, or that of a process group
 _HOROVODRUNS = "mpirun --allow-run-as-root --tag-output "  # how what `horovodrun --mpi` has a shell run begins
@@ -31,6 +33,8 @@ class Signals:
         received: the number of the first signal; None before it.
     """
 
+    _unanswered: int | None = None  # what came too late for the run that listened is the next one's
+
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
@@ -40,6 +44,7 @@ class Signals:
         """Begin to listen; does nothing outside of the main thread, where Python allows no handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self.received, Signals._unanswered = Signals._unanswered, None
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in _WISHES}
@@ -51,9 +56,14 @@ class Signals:
         )
         threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
 
-    def restore(self) -> None:
-        """Put the handlers from before back."""
+    def restore(self, answered: bool = True) -> None:
+        """Put the handlers from before back.
+
+        Args:
+            answered: what was received has had its effect; otherwise who listens next has received it.
+        """
         if self._before:
+            Signals._unanswered = None if answered else self.received
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -81,7 +91,9 @@ class Signals:
                 if self.received is None:
                     self.received, first = number, time.monotonic()
                 elif time.monotonic() - first > _TOGETHER:
-                    os.write(2, b"a second signal: this worker ends at once, without a checkpoint\n")
+                    ending.note(128 + number)
+                    with contextlib.suppress(OSError):
+                        os.write(2, b"a second signal: this worker ends at once, without a checkpoint\n")
                     os._exit(128 + number)
         os.close(reading)
 
@@ -106,6 +118,17 @@ class Signals:
         self._let_signals()
 
 
+@contextlib.contextmanager
+def listening() -> Iterator[Signals]:
+    """Take signals as wishes for as long as this lasts."""
+    signals = Signals()
+    signals.install()
+    try:
+        yield signals
+    finally:
+        signals.restore()
+
+
 def resume_command(directory: Path, size: int) -> str:
     """The command line that goes on with the run in `directory`: the launcher's own where this host shows it.
 
@@ -121,6 +144,8 @@ def resume_command(directory: Path, size: int) -> str:
     if words[0] == "mpirun" and "-H" in words and _horovodrun_shell():  # it names every variable in its mpirun
         words = ["horovodrun", "--mpi", "-np", str(size), "-H", words[words.index("-H") + 1], *script]
     words = _without_values(words)
+    if "KERAS_BACKEND" in os.environ:  # another one would make it another run
+        words = [f"KERAS_BACKEND={os.environ['KERAS_BACKEND']}", *words]
     for flag in ("--resume",), ("--output", str(directory)):
         if not any(word == flag[0] or word.startswith(f"{flag[0]}=") for word in words):
             words = [*words, *flag]
@@ -128,10 +153,22 @@ def resume_command(directory: Path, size: int) -> str:
 
 
 def _without_values(words: list[str]) -> list[str]:
-    """A launcher's command line with `-x NAME` for `-x NAME=value`: what is printed may be kept and shown around."""
+    """A launcher's command line without the values of variables: what is printed may be kept and shown around.
+
+    Open MPI's `-x NAME=value` becomes `-x NAME`, MPICH's `-genv NAME value` becomes `-genvlist NAME`.
+    """
     end = words.index(sys.argv[0]) if sys.argv[0] in words else len(words)
-    values = [i for i in range(1, end) if words[i - 1] in ("-x", "--x")]
-    return [word.partition("=")[0] if i in values else word for i, word in enumerate(words)]
+    shown: list[str] = []
+    rest = iter(words[:end])
+    for word in rest:
+        if word in ("-x", "--x"):
+            shown += [word, next(rest, "").partition("=")[0]]
+        elif word in ("-env", "-genv"):
+            shown += [f"{word}list", next(rest, "")]
+            next(rest, "")
+        else:
+            shown.append(word)
+    return shown + words[end:]
 
 
 class _Process(NamedTuple):

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT end a run with a checkpoint and the command that resumes it."""
 
+import contextlib
 import os
 import resource
 import shlex
@@ -156,6 +157,32 @@ def test_a_variables_value_is_not_printed(monkeypatch):
     assert stopping.resume_command(Path("x"), 2).startswith("horovodrun --mpi -np 2 -H a:2 ")
 
 
+def test_mpichs_variables_and_keras_backend(monkeypatch):
+    monkeypatch.setattr(stopping, "_horovodrun_shell", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["s.py", "-env", "a", "b"])
+    line = ["mpiexec", "-genv", "API_KEY", "secret", "-env", "B", "secret", "-n", "2", "python", *sys.argv]
+    monkeypatch.setattr(stopping, "_ancestors", lambda: iter([stopping._Process(1, line)]))
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    shown = "KERAS_BACKEND=torch mpiexec -genvlist API_KEY -envlist B -n 2 python s.py -env a b --resume --output x"
+    assert stopping.resume_command(Path("x"), 2) == shown
+
+
+def test_a_signal_that_comes_when_nobody_acts_on_it_any_more_is_the_next_runs():
+    for answered in (False, True):
+        with contextlib.ExitStack() as stack:
+            signals = stopping.Signals()
+            signals.install()
+            stack.callback(signals.restore, answered)
+            os.kill(os.getpid(), signal.SIGTERM)
+            end = time.monotonic() + 20
+            while signals.received is None and time.monotonic() < end:
+                time.sleep(0.01)
+        with stopping.listening() as following:
+            assert following.received == (None if answered else signal.SIGTERM)
+    with stopping.listening() as following:
+        assert following.received is None
+
+
 def forked():
     """A child that has come past what Python does after a fork."""
     reading, writing = os.pipe()
@@ -176,6 +203,7 @@ def test_signals_in_a_forked_child_are_its_own(descriptors):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, descriptors + 100), hard))
     opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(descriptors)]
+    before = signal.getsignal(signal.SIGINT)  # a background job's is ignored
     signals = stopping.Signals()
     signals.install()
     child = None
@@ -210,4 +238,4 @@ def test_signals_in_a_forked_child_are_its_own(descriptors):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert ended
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

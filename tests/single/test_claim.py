@@ -157,7 +157,7 @@ def test_a_lock_that_is_no_plain_file_is_refused(tmp_path, kind):
 def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".step-00000003.77.tmp").mkdir()
     (tmp_path / ".step-00000003.77.tmp" / "state.safetensors").write_text("half")
-    (tmp_path / "metrics.tmp").write_text("half")
+    (tmp_path / ".metrics.jsonl.0123456789abcdef.tmp").write_text("half")
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").touch()
     (tmp_path / ".step-00000004.77.tmp").symlink_to("outside")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -115,14 +116,15 @@ def test_a_file_that_took_its_place_is_set_aside(tmp_path):
     assert aside.read_text() == "somebody's" and steps(tmp_path) == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.tmp"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".metrics.jsonl.guessed.tmp"])
 def test_a_link_is_not_written_through(tmp_path, name, monkeypatch):
     monkeypatch.setattr(output, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
     target = tmp_path / "precious"
     target.write_text("[]\n" + row(1) + row(9))
     before = target.read_bytes()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("[]\n" + row(1) + row(9))  # is written anew, by way of metrics.tmp
+    (tmp_path / "run" / "metrics.jsonl").write_text("[]\n" + row(1) + row(9))  # is written anew
     (tmp_path / "run" / name).unlink(missing_ok=True)
     (tmp_path / "run" / name).symlink_to(target)
     metrics = output.Metrics(tmp_path / "run", 1)
@@ -174,6 +176,38 @@ def test_the_systems_own_refusal_needs_no_root(tmp_path):
     assert steps(tmp_path) == list(range(1, 100)) and len(result.stderr.splitlines()) == 4, result.stderr
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "step-00000001", "step-00000003"]
     assert checkpoint.read(tmp_path / "step-00000003")
+
+
+def test_the_rows_of_a_run_whose_checkpoints_lie_elsewhere_are_set_aside(tmp_path):
+    rows = row(1) + json.dumps({"kind": "epoch", "epoch": 1, "step": 1}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    assert output.to_resume(tmp_path) is None
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.startswith("metrics.jsonl.replaced-") and aside.read_text() == rows
+
+
+FULL = """
+import sys
+from pathlib import Path
+from toolkit import output
+from toolkit.progress import Progress
+from toolkit.world import World
+Progress(World(), 3, 0).line("to a full disk")
+place = Path(sys.argv[1])
+(place / "metrics.jsonl").mkdir()
+output._RETRY_SECONDS = 0
+metrics = output.Metrics(place, 0)
+metrics.write("step", {"step": 1})
+(place / "metrics.jsonl").rmdir()
+metrics.write("step", {"step": 2})
+metrics.close()
+"""
+
+
+def test_training_needs_no_place_for_what_it_says(tmp_path):
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, "-c", FULL, tmp_path], cwd=ROOT, stdout=full, stderr=full, timeout=120)
+    assert steps(tmp_path) == [1, 2]
 
 
 @pytest.mark.parametrize(

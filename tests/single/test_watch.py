@@ -91,16 +91,16 @@ def test_error_json_is_whole_or_not_there(tmp_path):
 def test_what_lies_in_a_files_way_is_not_written_to(tmp_path, monkeypatch):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "folds.json").symlink_to("precious")
-    write_whole(tmp_path / "folds.json", "{}")
+    write_whole(tmp_path / "folds.json", b"{}")
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "folds.json").is_symlink()
     (tmp_path / "error.json").mkdir()
     with pytest.raises(OSError, match="error.json"):
-        write_whole(tmp_path / "error.json", "{}")
+        write_whole(tmp_path / "error.json", b"{}")
     assert sorted(os.listdir(tmp_path)) == ["error.json", "folds.json", "precious"]
     monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
     (tmp_path / ".folds.json.guessed.tmp").symlink_to("precious")
     with pytest.raises(FileExistsError):
-        write_whole(tmp_path / "folds.json", "{}")
+        write_whole(tmp_path / "folds.json", b"{}")
     assert (tmp_path / "precious").read_text() == "precious"
 
 

@@ -75,7 +75,7 @@ def export_local(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {
         **_shared.export_python_and_numpy(),
         **_torch_ops.export_random(),
-        **{name: array for name, array in export_state(model, None).items() if name in statistic},
+        **{f"model/{name}": _to_numpy(t) for name, t in _model_tensors(model).items() if f"model/{name}" in statistic},
     }
 
 

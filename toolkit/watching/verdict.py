@@ -72,7 +72,7 @@ class Verdict:
             return
         content = {key: value for key, value in asdict(self).items() if key not in ("code", "kept", "shown")}
         with contextlib.suppress(OSError):  # a full or vanished disk: the terminal has it all
-            write_whole(directory / FILE, json.dumps({**content, "exit_code": self.code}, indent=1) + "\n")
+            write_whole(directory / FILE, json.dumps({**content, "exit_code": self.code}, indent=1).encode())
 
 
 def is_consequence(error: BaseException | None) -> bool:

@@ -1,7 +1,7 @@
 """Numbers that are not finite on one rank, and one rank's wish to stop: what all ranks make of it.
 
 Arguments: the adapter's name, and a directory. A linear model without bias is trained by SGD, so that numpy can
-do the same steps.
+do the same steps. A BatchNorm beside it looks on, so that its statistics are there to be spoilt.
 """
 
 import importlib
@@ -30,7 +30,8 @@ BAD_SAMPLE = list(Sharding(len(X), BATCH, 1, 0).parts(BAD_EPOCH, 0))[1].indices[
 
 class Case:
     """What goes wrong in one run: `gradient` or `loss` at the bad sample, or `stop` by its rank after it, or nothing;
-    or `overflow`: of what travels as fp16, while each rank's gradients are finite."""
+    `last loss` or `every loss` of the bad epoch, on the bad rank; or `overflow`: of what travels as fp16, while each
+    rank's gradients are finite."""
 
     what = ""
 
@@ -55,7 +56,12 @@ def loop(run, step):
     for _ in run.epochs():
         for batch in run.batches(Split(X, Y)):
             loss = step(spoilt(batch), batch.y, batch.weight)
-            if Case.what == "loss" and has_bad_sample(batch.epoch, batch.indices):
+            bad_epoch = batch.epoch == BAD_EPOCH and world.rank == bad_rank
+            if (
+                (Case.what == "loss" and has_bad_sample(batch.epoch, batch.indices))
+                or (Case.what == "last loss" and bad_epoch and run.steps_left_in_epoch == 1)
+                or (Case.what == "every loss" and bad_epoch)
+            ):
                 loss = loss + np.float32(np.inf)
             run.log(loss=loss)
             if Case.what == "stop" and has_bad_sample(batch.epoch, batch.indices):
@@ -66,8 +72,17 @@ def loop(run, step):
 def train_torch(options):
     import torch
 
-    model = torch.nn.Linear(3, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
+    class Watched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 1, bias=False)
+            self.norm = torch.nn.BatchNorm1d(3, affine=False)
+
+        def forward(self, x):
+            return self.linear(x) + 0 * self.norm(x).sum(1, keepdim=True)
+
+    model = Watched()
+    torch.nn.init.zeros_(model.linear.weight)
     compression = "fp16" if Case.what == "overflow" else "none"
     optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=RATE), model, compression=compression)
 
@@ -81,7 +96,7 @@ def train_torch(options):
 
     with Run(options, world, dp, model, optimizer, len(X)) as run:
         loop(run, step)
-    return run, model.weight.detach().numpy().ravel()
+    return run, model.linear.weight.detach().numpy().ravel(), model.norm.running_mean.numpy()
 
 
 def keras_model():
@@ -92,8 +107,18 @@ def keras_model():
             super().build(shape)
             self.add_weight(name="unused", shape=())  # one without a gradient is not one that is not finite
 
-    linear = Linear(1, use_bias=False, kernel_initializer="zeros")
-    return keras.Sequential([keras.layers.Input((3,)), linear])
+    x = keras.layers.Input((3,))
+    linear = Linear(1, use_bias=False, kernel_initializer="zeros", name="linear")(x)
+    norm = keras.layers.BatchNormalization(center=False, scale=False, momentum=0.9, name="norm")(x)
+    return keras.Model(x, linear + 0 * keras.ops.sum(norm, axis=1, keepdims=True))
+
+
+def looked_at(model):
+    """The linear layer's weights, and the mean that BatchNorm has seen."""
+    import keras
+
+    mean = model.get_layer("norm").moving_mean
+    return model.get_layer("linear").get_weights()[0].ravel(), keras.ops.convert_to_numpy(mean)
 
 
 def train_tensorflow(options):
@@ -106,13 +131,13 @@ def train_tensorflow(options):
     @tf.function(reduce_retracing=True)
     def step(x, y, weight):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((model(x) - y) ** 2) * weight
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2) * weight
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss
 
     with Run(options, world, dp, model, optimizer, len(X)) as run:
         loop(run, lambda x, y, weight: step(x, y, np.float32(weight)))
-    return run, model.get_weights()[0].ravel()
+    return run, *looked_at(model)
 
 
 def train_keras(options):
@@ -139,16 +164,18 @@ def train_keras(options):
                 verbose=0,
                 callbacks=[dp.MetricAverage(), Stop(), dp.RunCallback(run, {})],
             )
-    return run, model.get_weights()[0].ravel()
+    return run, *looked_at(model)
 
 
 def by_numpy(left_out):
-    """The weights after all epochs, without the step of the bad sample where it is left out; and that step's number."""
-    weights, bad_step = np.zeros((3, 1)), None
+    """The weights after all epochs, without the step of the bad sample where it is left out; the mean that this rank's
+    BatchNorm then has seen; and that step's number."""
+    weights, mean, bad_step = np.zeros((3, 1)), np.zeros(3), None
     sharding = Sharding(len(X), BATCH, 1, 0)
     step = 0
     for epoch in range(EPOCHS):
-        for part in sharding.parts(epoch, 0):
+        own_parts = Sharding(len(X), BATCH, world.size, 0).parts(epoch, world.rank)
+        for part, own in zip(sharding.parts(epoch, 0), own_parts, strict=True):
             step += 1
             x, y = X[part.indices].astype(float), Y[part.indices].astype(float)
             if has_bad_sample(epoch, part.indices):
@@ -156,19 +183,21 @@ def by_numpy(left_out):
                 if left_out:
                     continue
             weights -= RATE * 2 * x.T @ (x @ weights - y) / len(x)
-    return weights.ravel(), bad_step
+            mean = 0.9 * mean + 0.1 * X[own.indices].mean(axis=0)
+    return weights.ravel(), mean, bad_step
 
 
 # Which rank has the bad sample.
 parts = [list(Sharding(len(X), BATCH, world.size, 0).parts(BAD_EPOCH, rank)) for rank in range(world.size)]
 bad_rank = next(rank for rank in range(world.size) if any(BAD_SAMPLE in part.indices for part in parts[rank]))
 options = RunOptions(epochs=EPOCHS, global_batch_size=BATCH, learning_rate=RATE)
-left_out, bad_step = by_numpy(left_out=True)
+left_out, mean_left_out, bad_step = by_numpy(left_out=True)
 assert not np.allclose(left_out, by_numpy(left_out=False)[0], rtol=1e-3)
 
 Case.what = "gradient"
-run, weights = train(replace(options, on_nan="skip", output=base / "skip"))
+run, weights, mean = train(replace(options, on_nan="skip", output=base / "skip"))
 assert np.allclose(weights, left_out, rtol=1e-4), (weights, left_out)
+assert np.allclose(mean, mean_left_out, rtol=1e-4, atol=1e-6), (mean, mean_left_out)
 if world.rank == 0:
     rows = read_metrics(base / "skip", "step")
     assert [row["step"] for row in rows if row.get("skipped")] == [bad_step], rows
@@ -186,6 +215,24 @@ for what, told in ("gradient", "not finite in step"), ("loss", "loss inf in step
     except RunFailed as error:
         assert f"rank {bad_rank} on" in str(error) and f"{told} {bad_step}".split(" in ")[0] in str(error), error
         assert f"in step {bad_step}" in str(error), error
+    if world.rank == 0:  # what led there is there to see
+        rows = read_metrics(base / f"stop-{what}", "step")
+        assert [row["step"] for row in rows][:bad_step] == [*range(1, bad_step + 1)], rows
+        assert [row["step"] for row in rows if row["loss"] is None] == [bad_step], rows
+
+if framework != "keras":
+    Case.what = "last loss"
+    try:
+        train(replace(options, output=base / "last"))
+        raise AssertionError("trained on")
+    except RunFailed as error:
+        assert f"rank {bad_rank} on" in str(error) and f"loss inf in step {len(X) // BATCH * 2}" in str(error), error
+    Case.what = "every loss"
+    run, weights, _ = train(replace(options, on_nan="skip", output=base / "every"))
+    assert np.allclose(weights, by_numpy(left_out=False)[0], rtol=1e-4)
+    if world.rank == 0:
+        losses = [row["train_loss"] for row in read_metrics(base / "every", "epoch")]
+        assert losses[1] is None and losses[0] and losses[2], losses
 
 if framework == "torch":
     Case.what = "overflow"
@@ -196,12 +243,12 @@ if framework == "torch":
         assert "the mean of all ranks' gradients overflows" in str(error), error
 
 Case.what = "stop"
-run, _ = train(replace(options, output=base / "early"))
+run, _, _ = train(replace(options, output=base / "early"))
 assert run.finished and run.step == bad_step + 1, run.step
 if world.rank == 0:
     assert [checkpoint.read(path).manifest["step"] for path in checkpoint.steps(base / "early")][-1] == run.step
 Case.what = ""
-run, resumed = train(replace(options, output=base / "early", resume=True))
+run, resumed, _ = train(replace(options, output=base / "early", resume=True))
 if world.rank == 0:
     print("resumed after the early stop")
 assert np.allclose(resumed, by_numpy(left_out=False)[0], rtol=1e-4)
