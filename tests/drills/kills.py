@@ -23,16 +23,16 @@ from tests.drills.report import Drill, table
 from tests.launching import begin, kill_marked, launch, marked, seconds_until_gone
 from toolkit import checkpoint, output
 
-# Of each recipe: steps in an epoch, steps between checkpoints, steps that the run has for each kill, and its options.
+# Of each recipe: steps in an epoch, steps between checkpoints, and its options.
 _RUNS = {
     "linear_regression": (
         28,
         10,
-        1500,
         ["--global-batch-size", "16", "--learning-rate", "0.001", "--checkpoint-every", "1000", "--noise", "0.1"],
     ),
-    "cnn": (45, 3, 300, ["--dropout", "0.2", "--shift", "1"]),
+    "cnn": (45, 3, ["--dropout", "0.2", "--shift", "1"]),
 }
+ENDLESS = ["--epochs", "1000000"]  # while it is disturbed
 _MOMENTS = ("while it trains", "while a checkpoint is written", "while it starts")
 _LONGEST = 120  # seconds of a start
 _MANY = 30  # kills of a run, among which some must have hit the writing of a checkpoint
@@ -71,32 +71,22 @@ class _Chain:
 
     def run(self, times: int) -> list[Drill]:
         kind, _, framework = self.recipe.rpartition("_")
-        per_epoch, every, per_kill, options = _RUNS[kind]
-        epochs = str(-(-times * per_kill // per_epoch) + 1)
+        per_epoch, every, options = _RUNS[kind]
         found = {
             moment: Drill(f"kill -9 {moment}, {kind.replace('_', ' ')}", self.launcher, framework)
             for moment in _MOMENTS
         }
         with tempfile.TemporaryDirectory(prefix="hvdkit-kills-") as place:
             straight, self.work = Path(place, "straight"), Path(place, "work")
-            self.command = [f"recipes/{self.recipe}.py", "--epochs", epochs, *options, "--checkpoint-steps", str(every)]
+            self.command = [f"recipes/{self.recipe}.py", *options, "--checkpoint-steps", str(every)]
             self.command += ["--print-every", "1000000"]
-            result = launch(2, [*self.command, "--output", straight], launcher=self.launcher, timeout=3600)
-            if result.returncode:
-                raise RuntimeError(f"the undisturbed run failed: {result.stderr}")
             unfinished = 0
             for number in range(times):
                 moment = _MOMENTS[1] if number % 3 == 1 else _MOMENTS[2] if number % 6 == 3 else _MOMENTS[0]
                 unfinished += self._kill(found[moment], moment)
-            before = newest_step(self.work)
-            result = launch(2, [*self.command, *self._where()], launcher=self.launcher, timeout=3600)
+            problems = differences_at_the_end(self.command, straight, self.work, per_epoch, self.launcher)
             drills = [drill for drill in found.values() if drill.times]
             found[_MOMENTS[1]].fault += f" ({unfinished} left in part)"
-            problems = [f"at the end: {line}" for line in differences(straight, self.work)]
-            if result.returncode:
-                problems.append(f"the last resume failed: {result.stderr[-2000:]}")
-            elif begun_at(result.stdout) != before:
-                problems.append(f"the last resume went on from step {begun_at(result.stdout)}, not {before}")
             if times >= _MANY and not unfinished:
                 problems.append("no kill has cut the writing of a checkpoint short")
             for drill in drills:
@@ -111,7 +101,7 @@ class _Chain:
         """Start or resume, kill at such a moment, and note what came of it; True where a checkpoint was cut short."""
         before = newest_step(self.work)
         with tempfile.TemporaryFile("w+") as printed:
-            process, mark = begin(2, [*self.command, *self._where()], launcher=self.launcher, printed=printed)
+            process, mark = begin(2, [*self.command, *ENDLESS, *self._where()], launcher=self.launcher, printed=printed)
             try:
                 ended = self._wait_for(moment, printed, process)
                 job = marked(mark)
@@ -187,7 +177,33 @@ def wait_until_begun(printed: IO[str], process: subprocess.Popen) -> bool:
     return False
 
 
-def differences(straight: Path, work: Path) -> list[str]:
+def differences_at_the_end(
+    command: Sequence[str], straight: Path, work: Path, per_epoch: int, launcher: str
+) -> list[str]:
+    """Resume a run, take it to the end of the next epoch but one, and hold it against one of the same length.
+
+    Args:
+        command: the recipe's, without epochs and output.
+        straight: where the undisturbed run is made.
+        work: the disturbed run's directory.
+        per_epoch: steps in an epoch.
+        launcher: of both.
+    """
+    before = newest_step(work)
+    command = [*command, "--epochs", str(before // per_epoch + 2)]
+    resumed = launch(2, [*command, "--output", work, "--resume"], launcher=launcher, timeout=3600)
+    if resumed.returncode:
+        return [f"the last resume failed: {resumed.stderr[-2000:]}"]
+    undisturbed = launch(2, [*command, "--output", straight], launcher=launcher, timeout=3600)
+    if undisturbed.returncode:
+        raise RuntimeError(f"the undisturbed run failed: {undisturbed.stderr}")
+    problems = [f"at the end: {line}" for line in _differences(straight, work)]
+    if begun_at(resumed.stdout) != before:
+        problems.append(f"the last resume went on from step {begun_at(resumed.stdout)}, not {before}")
+    return problems
+
+
+def _differences(straight: Path, work: Path) -> list[str]:
     """What of a finished run is not as in the undisturbed one."""
     expected, found = checkpoint.newest(straight), checkpoint.newest(work)
     if expected is None or found is None:

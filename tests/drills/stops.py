@@ -14,19 +14,18 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.drills.kills import begun_at, differences, is_rank, newest_step, wait_until_begun
+from tests.drills.kills import ENDLESS, begun_at, differences_at_the_end, is_rank, newest_step, wait_until_begun
 from tests.drills.report import Drill, table
-from tests.launching import begin, kill_marked, launch, marked, seconds_until_gone
+from tests.launching import begin, kill_marked, marked, seconds_until_gone
 from toolkit import checkpoint
 
-# Of each recipe: steps in an epoch, steps that the run has for each stop, and its options.
+# Of each recipe: steps in an epoch, and its options.
 _RUNS = {
     "linear_regression": (
         28,
-        3000,
         ["--global-batch-size", "16", "--learning-rate", "0.001", "--checkpoint-every", "1000", "--noise", "0.1"],
     ),
-    "cnn": (45, 500, ["--dropout", "0.2", "--shift", "1", "--checkpoint-every", "1000"]),
+    "cnn": (45, ["--dropout", "0.2", "--shift", "1", "--checkpoint-every", "1000"]),
 }
 _LONGEST = 120  # seconds
 
@@ -55,26 +54,16 @@ def drills(
 
 def _chain(recipe: str, launcher: str, signals: Sequence[int], generator: random.Random, times: int) -> Drill:
     kind, _, framework = recipe.rpartition("_")
-    per_epoch, per_stop, options = _RUNS[kind]
+    per_epoch, options = _RUNS[kind]
     names = " or ".join(signal.Signals(number).name for number in signals)
     drill = Drill(f"{names} to a rank or the launcher, {kind.replace('_', ' ')}", launcher, framework)
     with tempfile.TemporaryDirectory(prefix="hvdkit-stops-") as place:
         straight, work = Path(place, "straight"), Path(place, "work")
         command = [f"recipes/{recipe}.py", *options, "--print-every", "1000000", "--keep", "1"]
-        command += ["--epochs", str(-(-times * per_stop // per_epoch) + 1)]
-        result = launch(2, [*command, "--output", straight], launcher=launcher, timeout=3600)
-        if result.returncode:
-            raise RuntimeError(f"the undisturbed run failed: {result.stderr}")
         for _ in range(times):
             where = ["--output", str(work), *(["--resume"] if work.is_dir() else [])]
-            _stop(drill, [*command, *where], work, launcher, generator.choice(signals), generator)
-        before = newest_step(work)
-        result = launch(2, [*command, "--output", work, "--resume"], launcher=launcher, timeout=3600)
-        if result.returncode:
-            drill.failures.append(f"the last resume failed: {result.stderr[-2000:]}")
-        elif begun_at(result.stdout) != before:
-            drill.failures.append(f"the last resume went on from step {begun_at(result.stdout)}, not {before}")
-        drill.failures += [f"at the end: {line}" for line in differences(straight, work)]
+            _stop(drill, [*command, *ENDLESS, *where], work, launcher, generator.choice(signals), generator)
+        drill.failures += differences_at_the_end(command, straight, work, per_epoch, launcher)
     return drill
 
 
