@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from toolkit.files import write_whole
 from toolkit.watching import diagnosis, lines, spoke
 from toolkit.watching import hub as hub_module
 from toolkit.watching.hub import Hub
-from toolkit.watching.member import ALL_GROUPS, Here, Member
+from toolkit.watching.member import ALL_GROUPS, LAST, Here, Member, deputies
 from toolkit.watching.verdict import Verdict, is_consequence
 from toolkit.world import World
 
@@ -293,6 +294,73 @@ def test_a_worker_calls_again_where_rank_0_does_not_answer_at_once(monkeypatch):
     assert worker.alive
     worker.over.set()
     worker.join(5)
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A rank 2 of three that speaks for nobody, on a clock of its own; what it would say is kept, and its exit code."""
+    members = [Member(rank, f"rank {rank} on here", rank, 0, "here", 0) for rank in range(3)]
+    worker = spoke.Spoke(members[2], members, b"key", 20, [])
+    worker.now, worker.ends, worker.codes, worker.warnings = 1000.0, [], [], []
+    worker.report, worker.warn = worker.ends.append, worker.warnings.append
+    monkeypatch.setattr(spoke, "time", SimpleNamespace(monotonic=lambda: worker.now, sleep=lambda _: None))
+    monkeypatch.setattr(spoke, "leave", worker.codes.append)
+    ends = socket.socketpair()
+    members[0].line, members[0].heard, worker.rank_0 = lines.Line(ends[0]), worker.now, lines.Line(ends[1])
+    worker.selector.register(ends[0], 1, worker._heard)
+    yield worker
+    worker.close()
+    worker.rank_0.close()
+
+
+def after(worker, seconds):
+    """What it ends with when these have passed, a tick after the other."""
+    for _ in range(round(4 * seconds)):
+        worker.now += 0.25
+        worker.look(worker.now)
+    return worker.codes
+
+
+def test_a_worker_that_does_not_speak_ends_soon_after_rank_0_fell_silent(worker):
+    assert not after(worker, 20 + worker.beat + LAST - 0.25)
+    assert after(worker, 0.75)[0] == 1
+    assert not worker.ends and not worker.warnings
+
+
+@pytest.mark.parametrize("gone_first", [False, True])
+def test_rank_0_that_left_and_is_gone_is_blamed_by_who_failed_on_account_of_it(worker, gone_first):
+    worker._deputies = [2]
+    worker.rank_0.send(kind="left", how="called stop()")
+    worker._heard()
+    if not gone_first:
+        worker.told({"kind": "consequence", "text": SHUT_DOWN})
+    worker.rank_0.close()
+    worker._heard()
+    assert bool(worker.ends) is not gone_first
+    if gone_first:
+        worker.told({"kind": "consequence", "text": SHUT_DOWN})
+    assert [(v.rank, v.cause[:27]) for v in worker.ends] == [(0, "left early: it called stop(")]
+    assert worker.codes == [1]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_left_early_is_blamed_and_none_that_is_slow(hub, who):
+    reached = dict(zip((1, 2), greeted(hub, 1, 2), strict=True))
+    reached[0] = SimpleNamespace(send=hub.tell)
+    began = time.monotonic()
+    reached[who].send(kind="left", how="called stop()")
+    reached[1 - who].send(kind="consequence", text=SHUT_DOWN)
+    until(lambda: hub.ends)
+    assert (hub.ends[0].rank, hub.ends[0].cause[:27]) == (who, "left early: it called stop(")
+    assert time.monotonic() - began < LAST  # in which a rank 0 that failed would be gone
+
+
+def test_only_workers_that_rank_0_hears_speak_for_it():
+    members = made([0, 0, 0, 0]).members
+    members[2].line = members[3].line = lines.Line(socket.socket())
+    assert deputies(members) == [2]
+    members[2].left = "called stop()"
+    assert deputies(members) == [3]
 
 
 def stalled(hub, monkeypatch, now=1000.0, **states):

@@ -177,18 +177,18 @@ class Hub(Watch):
             self._end(failure(member, member.shared), member)
 
     def _settle_errors(self, now: float) -> None:
-        """Some got Horovod's error that another has ended: those that did not are the ones."""
-        present = [m for m in self.members if m.line is not None or m is self.me]
-        missing = [m for m in present if not m.error and not m.left]
+        """Some got Horovod's error that another has ended: who has left is the one, or those that did not get it."""
         late = now - self._first_error
-        if missing and late < ANSWER + 1:
-            if late > 1 and not self._asked:
+        if late < 1:  # a failure's own report may be on its way
+            return
+        present = [m for m in self.members if m.line is not None or m is self.me]
+        missing = [m for m in present if not m.error]
+        if left := [m for m in self.members if m.left]:
+            self._end(left[0].verdict(f"left early: it {left[0].left}{self._waited(left)}."), left[0])
+        elif missing and late < ANSWER + 1:
+            if not self._asked:
                 self._asked = True
                 self._ask(missing)
-            return
-        left = [m for m in self.members if m.left]
-        if left and not missing:
-            self._end(left[0].verdict(f"left early: it {left[0].left}{self._waited(left)}."), left[0])
         elif missing:
             self._end_stalled(missing, now)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit.watching.diagnosis import process_state, stacks
 from toolkit.watching.lines import CALLING, reach
-from toolkit.watching.member import LAST, Member, Watch, deputies, failure, seconds, waits_for
+from toolkit.watching.member import LAST, Member, Watch, failure, seconds, waits_for
 from toolkit.watching.verdict import Verdict, leave, mute
 
 
@@ -22,7 +22,7 @@ class Spoke(Watch):
         super().__init__(me, members, key, timeout)
         self._addresses = addresses
         self._hub = members[0]
-        self._deputies = deputies(members)
+        self._deputies = [1]
         self._end_at: tuple[float, int] | None = None
         self._left = False
 
@@ -72,8 +72,15 @@ class Spoke(Watch):
         hub = self._hub
         if self._left:
             self.over.set()
-        elif not hub.left and self._end_at is None:
+        elif self._end_at is None and not hub.left:
             self._speak(hub.verdict("ended without a word: killed (kill -9, or out of memory) or crashed."))
+        elif self._end_at is None and self.me.error:
+            self._speak_of_leaving()
+
+    def _speak_of_leaving(self) -> None:
+        """Rank 0 has left and is gone, and this worker has failed on account of it."""
+        hub = self._hub
+        self._speak(hub.verdict(f"left early: it {hub.left}; {self.me.name} waited for it in {waits_for(self.me)}."))
 
     def _speak(self, verdict: Verdict) -> None:
         """End this worker on account of rank 0, and say so where it is for this worker to say."""
@@ -93,15 +100,15 @@ class Spoke(Watch):
         now = time.monotonic()
         self._look_at_myself(now)
         kind, hub = message["kind"], self._hub
+        if kind == "consequence":
+            self.me.error = message["text"]
         if self._end_at is not None:  # the job has failed; this is of no more interest
             return
         if hub.line is not None:
             hub.line.send(**message, **self._state(now))
             self._left = self._left or kind == "left"
         elif kind == "consequence" and hub.left:
-            self._speak(
-                hub.verdict(f"left early: it {hub.left}; {self.me.name} waited for it in {waits_for(self.me)}.")
-            )
+            self._speak_of_leaving()
         elif kind in ("failure", "shared"):
             verdict = failure(self.me, message)
             self.report(verdict)
@@ -121,8 +128,10 @@ class Spoke(Watch):
 
     def look(self, now: float) -> None:
         """End this worker when it is time, and look for rank 0's silence."""
-        if self._end_at is not None and now >= self._end_at[0]:
-            leave(self._end_at[1])
+        if self._end_at is not None:
+            if now >= self._end_at[0]:
+                leave(self._end_at[1])
+            return
         hub = self._hub
         if not self.timeout or hub.line is None or hub.left or self._left:
             return
