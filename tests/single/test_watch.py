@@ -361,6 +361,40 @@ def test_only_workers_that_rank_0_hears_speak_for_it():
     assert deputies(members) == [2]
     members[2].left = "called stop()"
     assert deputies(members) == [3]
+    members[2].waiting = watch.LEAVING
+    assert deputies(members) == [2]
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_worker_that_has_left_needs_rank_0_only_to_end(worker, blocked):
+    worker._deputies = [2]
+    worker.told({"kind": "left", "how": "called stop()"})
+    worker.me.waiting = watch.LEAVING if blocked else ""
+    assert bool(after(worker, 25)) is blocked
+    assert [v.cause.partition("; ")[2] for v in worker.ends[:1]] == (
+        ["rank 2 on here waited for it in the job's end."] if blocked else []
+    )
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("last", ["leaves", "is killed"])
+def test_rank_0_stays_to_the_end_of_all(hub, monkeypatch, stopped, last):
+    monkeypatch.setattr(watch, "_watch", hub)
+    monkeypatch.setattr(Here, "stopped", stopped)
+    reached = greeted(hub, 1, 2)
+    hub.tell(kind="left", how="called stop()")
+    leaving = threading.Thread(target=watch.at_exit, args=[lambda: None])
+    leaving.start()
+    reached[0].send(kind="left", how="called stop()")
+    reached[0].close()
+    leaving.join(0.5)
+    assert leaving.is_alive()
+    if last == "leaves":
+        reached[1].send(kind="left", how="called stop()")
+    reached[1].close()
+    leaving.join(LAST)
+    assert not leaving.is_alive()
+    assert [v.rank for v in hub.ends] == ([] if last == "leaves" else [2])
 
 
 def stalled(hub, monkeypatch, now=1000.0, **states):

@@ -153,7 +153,7 @@ class Hub(Watch):
         for line in [line for line in self._strangers if now - line.began > LAST]:
             self._strangers.discard(line)
             self.drop(line)
-        if self.me.left and not self._others() and now > self._until or all(m.left for m in self.members):
+        if all(m.left or m is not self.me and m.line is None and now > self._until for m in self.members):
             for line in self._others():
                 line.send(kind="over")
             self.over.set()

@@ -282,7 +282,7 @@ def failure(member: Member, message: dict[str, Any]) -> Verdict:
 
 def deputies(members: Sequence[Member]) -> list[int]:
     """Whom rank 0 has speak when it is lost: the lowest rank that is there, and the lowest on another host."""
-    there = [m for m in members[1:] if not m.left and m.line is not None]
+    there = [m for m in members[1:] if m.line is not None and (m.waiting or not m.left)]
     far = [m for m in there if m.host != members[0].host]
     return list(dict.fromkeys(m.rank for m in [*there[:1], *far[:1]])) or [1]
 

@@ -133,7 +133,9 @@ class Spoke(Watch):
                 leave(self._end_at[1])
             return
         hub = self._hub
-        if not self.timeout or hub.line is None or hub.left or self._left:
+        if not self.timeout or hub.line is None or hub.left:
+            return
+        if self._left and not self.me.waiting:  # its script goes on and needs no one
             return
         silent = now - hub.heard
         # A beat later than rank 0 would end this worker, had it been the silent one.
