@@ -376,6 +376,16 @@ def test_a_worker_that_has_left_needs_rank_0_only_to_end(worker, blocked):
     )
 
 
+@pytest.mark.parametrize(("waiting", "left", "tells"), [("", "", 0), (watch.LEAVING, "", 1), (watch.LEAVING, "so", 0)])
+def test_a_worker_that_has_left_tells_of_rank_0s_loss_while_it_needs_it(worker, waiting, left, tells):
+    worker._deputies = [2]
+    worker.told({"kind": "left", "how": "called stop()"})
+    worker.me.waiting, worker._hub.left = waiting, left
+    worker.rank_0.close()
+    worker._heard()
+    assert len(worker.ends) == tells and worker.over.is_set() is not bool(tells)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("last", ["leaves", "is killed"])
 def test_rank_0_stays_to_the_end_of_all(hub, monkeypatch, stopped, last):

@@ -70,12 +70,16 @@ class Spoke(Watch):
 
     def _lost_hub(self) -> None:
         hub = self._hub
-        if self._left:
+        if self._needs_no_one():
             self.over.set()
         elif self._end_at is None and not hub.left:
             self._speak(hub.verdict("ended without a word: killed (kill -9, or out of memory) or crashed."))
         elif self._end_at is None and self.me.error:
             self._speak_of_leaving()
+
+    def _needs_no_one(self) -> bool:
+        """Whether this worker has left, and so has rank 0, or the script goes on."""
+        return self._left and (bool(self._hub.left) or not self.me.waiting)
 
     def _speak_of_leaving(self) -> None:
         """Rank 0 has left and is gone, and this worker has failed on account of it."""
@@ -133,9 +137,7 @@ class Spoke(Watch):
                 leave(self._end_at[1])
             return
         hub = self._hub
-        if not self.timeout or hub.line is None or hub.left:
-            return
-        if self._left and not self.me.waiting:  # its script goes on and needs no one
+        if not self.timeout or hub.line is None or hub.left or self._needs_no_one():
             return
         silent = now - hub.heard
         # A beat later than rank 0 would end this worker, had it been the silent one.
