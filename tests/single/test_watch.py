@@ -13,11 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from toolkit import output, tuning, watch
+from toolkit import ending, output, tuning, watch
 from toolkit.errors import UsageError
 from toolkit.files import write_whole
 from toolkit.watching import diagnosis, lines, spoke
 from toolkit.watching import hub as hub_module
+from toolkit.watching import member as member_module
+from toolkit.watching import verdict as verdict_module
 from toolkit.watching.hub import Hub
 from toolkit.watching.member import ALL_GROUPS, LAST, Here, Member, deputies
 from toolkit.watching.verdict import Verdict, is_consequence
@@ -87,6 +89,34 @@ def test_error_json_is_whole_or_not_there(tmp_path):
         *(3, "far", "E: x", "Traceback", 7)
     ]
     assert found["time"].endswith("+00:00") and os.listdir(tmp_path) == ["error.json"]
+
+
+@pytest.mark.parametrize("hanging", ["open", "is_dir"])
+def test_a_disk_that_hangs_does_not_hold_up_the_end(hanging, tmp_path, monkeypatch):
+    let = threading.Event()
+    if hanging == "open":
+        monkeypatch.setattr(verdict_module, "write_whole", lambda *_: let.wait(60))
+    else:
+        monkeypatch.setattr(type(tmp_path), "is_dir", lambda _: let.wait(60))
+    monkeypatch.setattr(Here, "directory", tmp_path)
+    hub, began = made([0, 0]), time.monotonic()
+    monkeypatch.setattr(member_module, "mute", lambda: None)
+    Hub.report(hub, Verdict("failed: E: x", "rank 1 on here", 1, "here"), str(tmp_path))
+    waited = time.monotonic() - began
+    let.set()
+    assert waited < 3
+    hub.close()
+
+
+def test_error_json_goes_where_there_is_a_directory(tmp_path, monkeypatch):
+    def refused(path):
+        if path.name == "lost":
+            raise OSError("Stale file handle")
+        return True
+
+    monkeypatch.setattr(type(tmp_path), "is_dir", refused)
+    Verdict("failed: E: x", "rank 1 on here", 1, "here").write(None, tmp_path / "lost", tmp_path)
+    assert os.listdir(tmp_path) == ["error.json"]
 
 
 def test_what_lies_in_a_files_way_is_not_written_to(tmp_path, monkeypatch):
@@ -478,6 +508,48 @@ def test_a_second_start_hears_signals():
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.set_wakeup_fd(before[1])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_worker_told_to_end_that_hears_of_no_signal_ends(monkeypatch, fails):
+    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    hub, codes = made([0, 0]), []
+    now = time.monotonic()
+    monkeypatch.setattr(member_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(member_module, "leave", codes.append)
+    try:
+        hub.hear_signals()  # which the main thread, here, does not come to
+        for _ in range(3):
+            hub._wake.send(bytes([signal.SIGTERM]))
+            hub._rung()
+            hub.members[1].error = SHUT_DOWN if fails else ""
+            hub._tick()
+            assert not codes
+            now += 0.9
+        hub._tick()
+        assert codes == ([] if fails else [143])  # else the failure's own end comes
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.set_wakeup_fd(before[1])
+        hub.close()
+
+
+TERMINATED = """
+import os, signal, sys
+from types import SimpleNamespace
+from toolkit.watching import member
+worker = SimpleNamespace(alive=True, over=SimpleNamespace(wait=lambda _: None), _failing=lambda: sys.argv[1] == "fails")
+signal.signal(signal.SIGTERM, lambda *got: member.Watch._terminated(worker, *got))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("how", "noted"), [("fails", None), ("told", 143)])
+def test_restart_hears_of_a_worker_that_was_told_to_end(how, noted):
+    with ending.Notes() as notes:
+        ended = subprocess.run([sys.executable, "-c", TERMINATED, how], env={**os.environ, **notes.environment})
+        assert (ended.returncode, notes.last()) == (-signal.SIGTERM, noted)
 
 
 def test_waits_for_all_groups_are_named_so():

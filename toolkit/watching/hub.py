@@ -280,6 +280,7 @@ class Hub(Watch):
 
     def _end(self, verdict: Verdict, member: Member) -> None:
         """Tell it, end the others, and this worker."""
+        self._end_at = time.monotonic(), verdict.code
         if not verdict.traceback and not verdict.shown and self.stopped_by_signal():
             verdict = replace(verdict, code=143)
         else:

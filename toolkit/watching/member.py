@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit import ending
 from toolkit.watching.diagnosis import go_on
 from toolkit.watching.lines import Line
-from toolkit.watching.verdict import Verdict, mute, say
+from toolkit.watching.verdict import Verdict, leave, mute, say
 from toolkit.world import World
 
 BEAT = 1.0  # seconds between two signs of life of a worker, for up to 128 of them
 SHARED = 5.0  # seconds in which an error that all ranks raise alike is expected from the lowest of them
 LAST = 3.0  # seconds after which a worker ends by itself that knows the job has failed
+_TERMINATED = 2.0  # seconds after SIGTERM in which the main thread ends this worker
 ALL_GROUPS = " of all groups"  # ends the name of an operation that a group may come to much later than another
 
 
@@ -116,6 +118,8 @@ class Watch(threading.Thread):
         self._wake.setblocking(False)
         self.selector.register(self._bell, selectors.EVENT_READ, self._rung)
         self._signalled: tuple[float, bool] | None = None  # when, and whether it ends this process
+        self._terminated_at: float | None = None  # by the first SIGTERM that does
+        self._end_at: tuple[float, int] | None = None  # when and how this worker ends, as the job has failed
         self._pid = os.getpid()
         self._next_beat = self._last_tick = now = time.monotonic()
         for member in members:
@@ -157,7 +161,15 @@ class Watch(threading.Thread):
         signal.signal(number, signal.SIG_DFL)
         if self.alive:
             self.over.wait(1)
+        if self.alive and self._failing():
+            self.over.wait(LAST)
+        else:
+            ending.note(128 + number)
         os.kill(os.getpid(), number)
+
+    def _failing(self) -> bool:
+        """Whether the job has failed, as far as is known here: then that decides how this worker ends."""
+        return self._end_at is not None or any(member.error for member in self.members)
 
     def close_in_child(self) -> None:
         """Close what a forked process has of the sockets: the others must see this process's end."""
@@ -173,6 +185,8 @@ class Watch(threading.Thread):
                 if number in (signal.SIGTERM, signal.SIGINT):
                     ends = signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, self._terminated)
                     self._signalled = time.monotonic(), ends
+                    if number == signal.SIGTERM and ends and self._terminated_at is None:
+                        self._terminated_at = time.monotonic()
 
     def stopped_by_signal(self) -> bool:
         """Whether the whole job has just been told to stop, so that workers' ends are no news.
@@ -203,6 +217,8 @@ class Watch(threading.Thread):
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if self._terminated_at is not None and now - self._terminated_at > _TERMINATED and not self._failing():
+            leave(128 + signal.SIGTERM)  # the main thread is in Horovod, and hears of no signal
         if now - self._last_tick > max(3.0, 2 * self.beat):  # the silence was this process's own
             for member in self.members:
                 member.heard += now - self._last_tick
@@ -250,8 +266,7 @@ class Watch(threading.Thread):
     def report(self, verdict: Verdict, directory: str = "") -> None:
         """Print the verdict and write its file."""
         say(verdict.text)
-        place = Path(directory) if directory else Here.directory
-        verdict.write(place if place is not None and place.is_dir() else Here.directory)
+        verdict.write(Path(directory) if directory else None, Here.directory)
         mute()
 
     def wake(self, member: Member) -> None:

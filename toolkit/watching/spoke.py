@@ -23,7 +23,6 @@ class Spoke(Watch):
         self._addresses = addresses
         self._hub = members[0]
         self._deputies = [1]
-        self._end_at: tuple[float, int] | None = None
         self._left = False
 
     def run(self) -> None:
