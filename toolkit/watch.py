@@ -53,7 +53,7 @@ class waiting:  # noqa: N801 - used like a function
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:  # else it is what the error's report tells
-            Here.waiting = None
+            Here.waiting = "", time.monotonic()
 
 
 def directory(path: Path) -> None:

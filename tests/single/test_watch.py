@@ -478,6 +478,33 @@ def test_a_compiled_step_that_others_do_not_come_to_is_a_stall(monkeypatch, of_0
     assert not stalled(hub, monkeypatch, r0=("doing", *of_0), r1=("doing", *of_1))
 
 
+LOADS = "loading the batch of step 9"
+
+
+@pytest.mark.parametrize(
+    ("of_0", "of_1", "found", "warned"),
+    [
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", LOADS, 25), [(1,)], "waits for rank 1"),
+        (("waiting", "gather()" + ALL_GROUPS, 25), ("doing", LOADS, 21), [(1,)], "waits for rank 1"),
+        (("waiting", "gather()" + ALL_GROUPS, 19), ("doing", LOADS, 25), [], "waits for rank 1"),
+        (("waiting", "gather()" + ALL_GROUPS, 25), ("doing", LOADS, 3), [], ""),
+        (("waiting", "gather()" + ALL_GROUPS, 25), ("waiting", "", 3), [], ""),  # it was in an operation of its group
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", "training at step 9", 25), [(1,)], "waits for rank 1"),
+        (("waiting", "gradients0", 0), ("doing", "training at step 9", 25), [], "are training at step 9: a slow"),
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", "ending epoch 9", 25), [], "s rank 1 on here: ending"),
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", "", 25), [], "s rank 1 on here: at work; rank 0 on here"),
+        (("waiting", "gather()" + ALL_GROUPS, 19), ("doing", "ending epoch 9", 25), [], ""),
+        (("left", "called stop()", 0), ("doing", LOADS, 25), [], "rank 0 on here called stop()."),
+    ],
+)
+def test_a_group_in_which_nothing_moves_and_others_wait_for_it(monkeypatch, of_0, of_1, found, warned):
+    hub = made([0, 1], 20, True)
+    for member in hub.members:
+        member.doing_since = 900.0
+    assert stalled(hub, monkeypatch, r0=of_0, r1=of_1) == found
+    assert warned in "".join(hub.warnings) and bool(hub.warnings) is bool(warned)
+
+
 @pytest.mark.parametrize("letter", ["x", "\u2603", "\x00", "\ud800"])
 def test_a_message_of_any_length_arrives(letter):
     ends = [lines.Line(connection) for connection in socket.socketpair()]
@@ -555,7 +582,16 @@ def test_restart_hears_of_a_worker_that_was_told_to_end(how, noted):
 def test_waits_for_all_groups_are_named_so():
     with watch.waiting("gather()", all_groups=True):
         assert Here.waiting[0] == "gather() of all groups"
-    assert Here.waiting is None
+    assert Here.waiting[0] == "" and 0 <= time.monotonic() - Here.waiting[1] < 5
+
+
+def test_rank_0_hears_since_when_a_worker_has_been_in_no_operation(worker, monkeypatch):
+    monkeypatch.setattr(Here, "waiting", ("", worker.now - 7))
+    worker._look_at_myself(worker.now)
+    worker.beat_now(worker.now)
+    hub = made([0, 0, 0])
+    hub._take(hub.members[2], worker.rank_0.receive()[0])
+    assert hub.members[2].waiting == "" and 7 <= time.monotonic() - hub.members[2].waiting_since < 9
 
 
 def test_ranks_wait_for_a_slow_disk_in_short_operations():

@@ -16,6 +16,7 @@ from toolkit.watching.lines import ANSWER, CALLING, Line, proof
 from toolkit.watching.member import ALL_GROUPS, LAST, SHARED, Member, Watch, deputies, failure, seconds, waits_for, when
 from toolkit.watching.verdict import Verdict, leave
 
+_MOVING = "loading", "training at"  # how what a run does begins that is soon over
 _FAREWELL = 0.5  # seconds between the failed worker's exit and the others', so that launchers name the first
 
 
@@ -215,40 +216,51 @@ class Hub(Watch):
                 self._end_stalled([member], now)
 
     def _look_for_waits(self, number: int, now: float) -> None:
-        """Ranks in an operation that others of their group do not come to, where Horovod does not look itself."""
+        """Ranks in an operation that others, of this group, do not come to, where Horovod does not look itself."""
         group = [m for m in self.members if m.group == number and not m.left]
         heard = [m for m in group if now - m.heard < 3 * self.beat]
         waits = [m for m in heard if m.waiting and not m.waiting.endswith(ALL_GROUPS)]
         steps = [m for m in heard if self._may_wait(m)]
+        late = [m for m in group if not m.waiting]
+        afar = [m for m in self.members if m.left or m.waiting.endswith(ALL_GROUPS)]
+        since, doubt = now, ""  # why it may be no stall, but work
         if waits:
             first = min(waits, key=lambda m: m.waiting_since)
             since, missing = first.waiting_since, [m for m in group if m.waiting != first.waiting]
-        elif steps:  # the last to have begun a step: in an earlier one none waits any more
+        elif steps and (len(group) > 1 or not afar):  # in an earlier step than the last none waits any more
             first = max(steps, key=lambda m: m.doing_since)
             since, missing = first.doing_since, [m for m in group if m.doing != first.doing]
-        if not waits and not steps or now - since < self.timeout / 5:
+            if not missing:
+                doubt = f"{_names(group)} are {first.doing}: a slow step, or one that waits for another"
+        elif late and afar:  # nothing moves here, and another group waits for it, or others have left
+            first = min(afar, key=lambda m: m.waiting_since)
+            since, missing = max(first.waiting_since, *(max(m.doing_since, m.waiting_since) for m in late)), late
+            if first.left or not all(m.doing.startswith(_MOVING) for m in late):  # such as in an evaluation
+                doubt = f"{_names(late)}: {late[0].doing or 'at work'}; {first.name} "
+                doubt += first.left or f"waits in {waits_for(first)}"
+        waited = now - since
+        if waited < self.timeout / 5:
             self._warned_of_waits.discard(number)
             self._asked_in_waits.discard(number)
             return
-        waited = now - since
-        if not missing:
-            if not waits and waited > self.timeout and number not in self._warned_of_waits:
-                self._warned_of_waits.add(number)
-                names = ", ".join(m.name for m in group[:4])
-                self.warn(f"{names} are {first.doing} for {waited:.0f} s: a slow step, or one that waits for another.")
+        if doubt or not missing:
+            if doubt and waited > self.timeout:
+                self._warn_of_waits(number, f"for {waited:.0f} s {doubt}.")
             return
-        if number not in self._warned_of_waits and self._own_waits:
-            self._warned_of_waits.add(number)
-            names = ", ".join(m.name for m in missing[:4])
+        if self._own_waits:
             limit = f"the job ends after {self.timeout:g} s (--stall-timeout)"
-            self.warn(
-                f"{first.name} waits for {names} in {first.waiting or waits_for(first)} for {waited:.0f} s; {limit}."
-            )
+            waits_in = f"{first.name} waits for {_names(missing)} in {first.waiting or waits_for(first)}"
+            self._warn_of_waits(number, f"{waits_in} for {waited:.0f} s; {limit}.")
         if waited > self.timeout - 1 and number not in self._asked_in_waits:
             self._asked_in_waits.add(number)
             self._ask(missing)
         if waited > self.timeout:
             self._end_stalled(missing, now)
+
+    def _warn_of_waits(self, number: int, text: str) -> None:
+        if number not in self._warned_of_waits:
+            self._warned_of_waits.add(number)
+            self.warn(text)
 
     def _may_wait(self, member: Member) -> bool:
         """Whether a worker may wait in a compiled step, which can't tell, where Horovod does not look itself."""
@@ -256,8 +268,8 @@ class Hub(Watch):
 
     def _waited(self, members: Sequence[Member]) -> str:
         """What the others were waiting for."""
-        group = [m for m in self.members if m.group == members[0].group and m not in members]
-        others = [m for m in group if m.waiting or m.error or self._may_wait(m)]
+        there = [m for m in self.members if m.group == members[0].group or m.waiting.endswith(ALL_GROUPS)]
+        others = [m for m in there if m not in members and (m.waiting or m.error or self._may_wait(m))]
         if not others:
             return ""
         what = waits_for(others[0])
@@ -297,3 +309,7 @@ class Hub(Watch):
         if others:
             time.sleep(_FAREWELL if member is not self.me else 0.1)
         leave(code)
+
+
+def _names(members: Sequence[Member]) -> str:
+    return ", ".join(m.name for m in members[:4])

@@ -33,7 +33,7 @@ class Here:
     """What this worker does, for the others to be told; written by the main thread, read by the watch."""
 
     doing = ""
-    waiting: tuple[str, float] | None = None  # in which operation of all ranks, since when
+    waiting = "", 0.0  # in which operation of all ranks, since when; or when the last one was over
     directory: Path | None = None
     world = World()
     stopped = False
@@ -54,7 +54,7 @@ class Member:
         line: the connection to it; None where there is none yet, or no more.
         heard: when it last gave a sign of life.
         doing: what it did then, and `doing_since`.
-        waiting: the operation that it waited in then, or "", and `waiting_since`.
+        waiting: the operation that it waited in then, and `waiting_since`; or "", and since when in none.
         directory: where its run writes, or "".
         left: how it left the job, or "".
         error: what it got because another had ended, or "".
@@ -232,11 +232,11 @@ class Watch(threading.Thread):
         self.look(now)
 
     def _look_at_myself(self, now: float) -> None:
-        me, waits = self.me, Here.waiting
+        me = self.me
         me.heard = now
         if me.doing != Here.doing:
             me.doing, me.doing_since = Here.doing, now
-        me.waiting, me.waiting_since = waits or ("", 0.0)
+        me.waiting, me.waiting_since = Here.waiting
         me.directory = str(Here.directory or "")
 
     def told(self, message: dict[str, Any]) -> None:

@@ -121,7 +121,7 @@ class Spoke(Watch):
 
     def _state(self, now: float) -> dict[str, Any]:
         me = self.me
-        waits = {"waiting": me.waiting, "waiting_for": now - me.waiting_since} if me.waiting else {}
+        waits = {"waiting": me.waiting, "waiting_for": now - me.waiting_since}
         return {"doing": me.doing, "doing_for": now - me.doing_since, "directory": me.directory, **waits}
 
     def beat_now(self, now: float) -> None:
