@@ -27,6 +27,7 @@ from toolkit.watching.spoke import Spoke
 from toolkit.watching.verdict import FILE, is_consequence, leave, say
 from toolkit.world import World
 
+LEAVING = "the job's end"  # what a worker waits for that leaves: Horovod's shutdown, and MPI's, need all
 _CAUSE = 2000  # characters of the line that says why
 _watch: Watch | None = None
 
@@ -52,7 +53,7 @@ class waiting:  # noqa: N801 - used like a function
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:  # else it is what the error's report tells
-            Here.waiting = None
+            Here.waiting = "", time.monotonic()
 
 
 def directory(path: Path) -> None:
@@ -134,21 +135,22 @@ def leaving(error: BaseException | None) -> None:
 
 
 def at_exit(shutdown: Callable[[], None]) -> None:
-    """Say that this worker's script ends, where it did not call `stop()`, and give the others a moment to say why not.
+    """Say that this worker's script ends, where it did not call `stop()`, and watch on until all have left.
 
     Args:
         shutdown: Horovod's, which makes those that wait for this worker fail.
     """
     watch = _watch
-    if watch is None or not watch.alive or Here.stopped:
+    if watch is None or not watch.alive:
         return
-    if Here.exit_code:
-        cause = f"ended by sys.exit({Here.exit_code}){when(Here)}."
-        watch.tell(kind="failure", cause=cause, code=Here.exit_code, exception=f"SystemExit: {Here.exit_code}")
-    else:
-        watch.tell(kind="left", how=f"ended its script without stop(){when(Here)}")
-        shutdown()
-    watch.over.wait(LAST)
+    with waiting(LEAVING):
+        if Here.exit_code and not Here.stopped:
+            cause = f"ended by sys.exit({Here.exit_code}){when(Here)}."
+            watch.tell(kind="failure", cause=cause, code=Here.exit_code, exception=f"SystemExit: {Here.exit_code}")
+        elif not Here.stopped:
+            watch.tell(kind="left", how=f"ended its script without stop(){when(Here)}")
+            shutdown()
+        watch.over.wait()
 
 
 def fail(error: BaseException, trace: str) -> None:

@@ -1,5 +1,6 @@
 """One rank fails, vanishes, stalls or leaves early: the job ends in time, and its last lines say who, where and why."""
 
+import json
 from datetime import datetime
 
 import pytest
@@ -82,6 +83,18 @@ def test_a_rank_stuck_in_its_input_is_named_with_its_stack(framework, rank, tmp_
     stack = ended.error["stacks"][f"rank {rank} on {HOST}"]
     assert "time.sleep(600)" in stack and "with_noise" in stack
     assert f"[rank {rank} on {HOST}] |     time.sleep(600)" in ended.stderr
+
+
+@long
+def test_a_rank_stuck_alone_in_its_group_is_named(tmp_path):
+    folds = ("--folds", "2", "--fold-groups", "2", "--epochs", "9")
+    ended = harm(tmp_path / "run", "sleep", 1, "data", stall_timeout=8, arguments=folds)
+    assert ended.code and ended.seconds < 30
+    error = json.loads((tmp_path / "run" / "fold-2" / "error.json").read_text())
+    name = f"rank 0 of group 1 on {HOST}"
+    assert f"[{name}] {error['cause']}" in ended.stderr and "time.sleep(600)" in error["stacks"][name]
+    assert error["cause"].startswith("did not come: it is training at step 18")
+    assert f"rank 0 of group 0 on {HOST} waited for it in gather() of all groups" in error["cause"]
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from toolkit import output, tuning, watch
+from toolkit import ending, output, tuning, watch
 from toolkit.errors import UsageError
 from toolkit.files import write_whole
 from toolkit.watching import diagnosis, lines, spoke
 from toolkit.watching import hub as hub_module
+from toolkit.watching import member as member_module
+from toolkit.watching import verdict as verdict_module
 from toolkit.watching.hub import Hub
-from toolkit.watching.member import ALL_GROUPS, Here, Member
+from toolkit.watching.member import ALL_GROUPS, LAST, Here, Member, deputies
 from toolkit.watching.verdict import Verdict, is_consequence
 from toolkit.world import World
 
@@ -86,6 +89,34 @@ def test_error_json_is_whole_or_not_there(tmp_path):
         *(3, "far", "E: x", "Traceback", 7)
     ]
     assert found["time"].endswith("+00:00") and os.listdir(tmp_path) == ["error.json"]
+
+
+@pytest.mark.parametrize("hanging", ["open", "is_dir"])
+def test_a_disk_that_hangs_does_not_hold_up_the_end(hanging, tmp_path, monkeypatch):
+    let = threading.Event()
+    if hanging == "open":
+        monkeypatch.setattr(verdict_module, "write_whole", lambda *_: let.wait(60))
+    else:
+        monkeypatch.setattr(type(tmp_path), "is_dir", lambda _: let.wait(60))
+    monkeypatch.setattr(Here, "directory", tmp_path)
+    hub, began = made([0, 0]), time.monotonic()
+    monkeypatch.setattr(member_module, "mute", lambda: None)
+    Hub.report(hub, Verdict("failed: E: x", "rank 1 on here", 1, "here"), str(tmp_path))
+    waited = time.monotonic() - began
+    let.set()
+    assert waited < 3
+    hub.close()
+
+
+def test_error_json_goes_where_there_is_a_directory(tmp_path, monkeypatch):
+    def refused(path):
+        if path.name == "lost":
+            raise OSError("Stale file handle")
+        return True
+
+    monkeypatch.setattr(type(tmp_path), "is_dir", refused)
+    Verdict("failed: E: x", "rank 1 on here", 1, "here").write(None, tmp_path / "lost", tmp_path)
+    assert os.listdir(tmp_path) == ["error.json"]
 
 
 def test_what_lies_in_a_files_way_is_not_written_to(tmp_path, monkeypatch):
@@ -295,6 +326,117 @@ def test_a_worker_calls_again_where_rank_0_does_not_answer_at_once(monkeypatch):
     worker.join(5)
 
 
+@pytest.fixture
+def worker(monkeypatch):
+    """A rank 2 of three that speaks for nobody, on a clock of its own; what it would say is kept, and its exit code."""
+    members = [Member(rank, f"rank {rank} on here", rank, 0, "here", 0) for rank in range(3)]
+    worker = spoke.Spoke(members[2], members, b"key", 20, [])
+    worker.now, worker.ends, worker.codes, worker.warnings = 1000.0, [], [], []
+    worker.report, worker.warn = worker.ends.append, worker.warnings.append
+    monkeypatch.setattr(spoke, "time", SimpleNamespace(monotonic=lambda: worker.now, sleep=lambda _: None))
+    monkeypatch.setattr(spoke, "leave", worker.codes.append)
+    ends = socket.socketpair()
+    members[0].line, members[0].heard, worker.rank_0 = lines.Line(ends[0]), worker.now, lines.Line(ends[1])
+    worker.selector.register(ends[0], 1, worker._heard)
+    yield worker
+    worker.close()
+    worker.rank_0.close()
+
+
+def after(worker, seconds):
+    """What it ends with when these have passed, a tick after the other."""
+    for _ in range(round(4 * seconds)):
+        worker.now += 0.25
+        worker.look(worker.now)
+    return worker.codes
+
+
+def test_a_worker_that_does_not_speak_ends_soon_after_rank_0_fell_silent(worker):
+    assert not after(worker, 20 + worker.beat + LAST - 0.25)
+    assert after(worker, 0.75)[0] == 1
+    assert not worker.ends and not worker.warnings
+
+
+@pytest.mark.parametrize("gone_first", [False, True])
+def test_rank_0_that_left_and_is_gone_is_blamed_by_who_failed_on_account_of_it(worker, gone_first):
+    worker._deputies = [2]
+    worker.rank_0.send(kind="left", how="called stop()")
+    worker._heard()
+    if not gone_first:
+        worker.told({"kind": "consequence", "text": SHUT_DOWN})
+    worker.rank_0.close()
+    worker._heard()
+    assert bool(worker.ends) is not gone_first
+    if gone_first:
+        worker.told({"kind": "consequence", "text": SHUT_DOWN})
+    assert [(v.rank, v.cause[:27]) for v in worker.ends] == [(0, "left early: it called stop(")]
+    assert worker.codes == [1]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_left_early_is_blamed_and_none_that_is_slow(hub, who):
+    reached = dict(zip((1, 2), greeted(hub, 1, 2), strict=True))
+    reached[0] = SimpleNamespace(send=hub.tell)
+    began = time.monotonic()
+    reached[who].send(kind="left", how="called stop()")
+    reached[1 - who].send(kind="consequence", text=SHUT_DOWN)
+    until(lambda: hub.ends)
+    assert (hub.ends[0].rank, hub.ends[0].cause[:27]) == (who, "left early: it called stop(")
+    assert time.monotonic() - began < LAST  # in which a rank 0 that failed would be gone
+
+
+def test_only_workers_that_rank_0_hears_speak_for_it():
+    members = made([0, 0, 0, 0]).members
+    members[2].line = members[3].line = lines.Line(socket.socket())
+    assert deputies(members) == [2]
+    members[2].left = "called stop()"
+    assert deputies(members) == [3]
+    members[2].waiting = watch.LEAVING
+    assert deputies(members) == [2]
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_worker_that_has_left_needs_rank_0_only_to_end(worker, blocked):
+    worker._deputies = [2]
+    worker.told({"kind": "left", "how": "called stop()"})
+    worker.me.waiting = watch.LEAVING if blocked else ""
+    assert bool(after(worker, 25)) is blocked
+    assert [v.cause.partition("; ")[2] for v in worker.ends[:1]] == (
+        ["rank 2 on here waited for it in the job's end."] if blocked else []
+    )
+
+
+@pytest.mark.parametrize(("waiting", "left", "tells"), [("", "", 0), (watch.LEAVING, "", 1), (watch.LEAVING, "so", 0)])
+def test_a_worker_that_has_left_tells_of_rank_0s_loss_while_it_needs_it(worker, waiting, left, tells):
+    worker._deputies = [2]
+    worker.told({"kind": "left", "how": "called stop()"})
+    worker.me.waiting, worker._hub.left = waiting, left
+    worker.rank_0.close()
+    worker._heard()
+    assert len(worker.ends) == tells and worker.over.is_set() is not bool(tells)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("last", ["leaves", "is killed"])
+def test_rank_0_stays_to_the_end_of_all(hub, monkeypatch, stopped, last):
+    monkeypatch.setattr(watch, "_watch", hub)
+    monkeypatch.setattr(Here, "stopped", stopped)
+    reached = greeted(hub, 1, 2)
+    hub.tell(kind="left", how="called stop()")
+    leaving = threading.Thread(target=watch.at_exit, args=[lambda: None])
+    leaving.start()
+    reached[0].send(kind="left", how="called stop()")
+    reached[0].close()
+    leaving.join(0.5)
+    assert leaving.is_alive()
+    if last == "leaves":
+        reached[1].send(kind="left", how="called stop()")
+    reached[1].close()
+    leaving.join(LAST)
+    assert not leaving.is_alive()
+    assert [v.rank for v in hub.ends] == ([] if last == "leaves" else [2])
+
+
 def stalled(hub, monkeypatch, now=1000.0, **states):
     """Who is said to have not come; `states` are ranks to what they do or wait for, and for how long."""
     monkeypatch.setattr(hub_module, "leave", hub.codes.append)
@@ -336,6 +478,33 @@ def test_a_compiled_step_that_others_do_not_come_to_is_a_stall(monkeypatch, of_0
     assert not stalled(hub, monkeypatch, r0=("doing", *of_0), r1=("doing", *of_1))
 
 
+LOADS = "loading the batch of step 9"
+
+
+@pytest.mark.parametrize(
+    ("of_0", "of_1", "found", "warned"),
+    [
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", LOADS, 25), [(1,)], "waits for rank 1"),
+        (("waiting", "gather()" + ALL_GROUPS, 25), ("doing", LOADS, 21), [(1,)], "waits for rank 1"),
+        (("waiting", "gather()" + ALL_GROUPS, 19), ("doing", LOADS, 25), [], "waits for rank 1"),
+        (("waiting", "gather()" + ALL_GROUPS, 25), ("doing", LOADS, 3), [], ""),
+        (("waiting", "gather()" + ALL_GROUPS, 25), ("waiting", "", 3), [], ""),  # it was in an operation of its group
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", "training at step 9", 25), [(1,)], "waits for rank 1"),
+        (("waiting", "gradients0", 0), ("doing", "training at step 9", 25), [], "are training at step 9: a slow"),
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", "ending epoch 9", 25), [], "s rank 1 on here: ending"),
+        (("waiting", "gather()" + ALL_GROUPS, 21), ("doing", "", 25), [], "s rank 1 on here: at work; rank 0 on here"),
+        (("waiting", "gather()" + ALL_GROUPS, 19), ("doing", "ending epoch 9", 25), [], ""),
+        (("left", "called stop()", 0), ("doing", LOADS, 25), [], "rank 0 on here called stop()."),
+    ],
+)
+def test_a_group_in_which_nothing_moves_and_others_wait_for_it(monkeypatch, of_0, of_1, found, warned):
+    hub = made([0, 1], 20, True)
+    for member in hub.members:
+        member.doing_since = 900.0
+    assert stalled(hub, monkeypatch, r0=of_0, r1=of_1) == found
+    assert warned in "".join(hub.warnings) and bool(hub.warnings) is bool(warned)
+
+
 @pytest.mark.parametrize("letter", ["x", "\u2603", "\x00", "\ud800"])
 def test_a_message_of_any_length_arrives(letter):
     ends = [lines.Line(connection) for connection in socket.socketpair()]
@@ -368,10 +537,61 @@ def test_a_second_start_hears_signals():
         signal.set_wakeup_fd(before[1])
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_worker_told_to_end_that_hears_of_no_signal_ends(monkeypatch, fails):
+    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    hub, codes = made([0, 0]), []
+    now = time.monotonic()
+    monkeypatch.setattr(member_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(member_module, "leave", codes.append)
+    try:
+        hub.hear_signals()  # which the main thread, here, does not come to
+        for _ in range(3):
+            hub._wake.send(bytes([signal.SIGTERM]))
+            hub._rung()
+            hub.members[1].error = SHUT_DOWN if fails else ""
+            hub._tick()
+            assert not codes
+            now += 0.9
+        hub._tick()
+        assert codes == ([] if fails else [143])  # else the failure's own end comes
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.set_wakeup_fd(before[1])
+        hub.close()
+
+
+TERMINATED = """
+import os, signal, sys
+from types import SimpleNamespace
+from toolkit.watching import member
+worker = SimpleNamespace(alive=True, over=SimpleNamespace(wait=lambda _: None), _failing=lambda: sys.argv[1] == "fails")
+signal.signal(signal.SIGTERM, lambda *got: member.Watch._terminated(worker, *got))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(("how", "noted"), [("fails", None), ("told", 143)])
+def test_restart_hears_of_a_worker_that_was_told_to_end(how, noted):
+    with ending.Notes() as notes:
+        ended = subprocess.run([sys.executable, "-c", TERMINATED, how], env={**os.environ, **notes.environment})
+        assert (ended.returncode, notes.last()) == (-signal.SIGTERM, noted)
+
+
 def test_waits_for_all_groups_are_named_so():
     with watch.waiting("gather()", all_groups=True):
         assert Here.waiting[0] == "gather() of all groups"
-    assert Here.waiting is None
+    assert Here.waiting[0] == "" and 0 <= time.monotonic() - Here.waiting[1] < 5
+
+
+def test_rank_0_hears_since_when_a_worker_has_been_in_no_operation(worker, monkeypatch):
+    monkeypatch.setattr(Here, "waiting", ("", worker.now - 7))
+    worker._look_at_myself(worker.now)
+    worker.beat_now(worker.now)
+    hub = made([0, 0, 0])
+    hub._take(hub.members[2], worker.rank_0.receive()[0])
+    assert hub.members[2].waiting == "" and 7 <= time.monotonic() - hub.members[2].waiting_since < 9
 
 
 def test_ranks_wait_for_a_slow_disk_in_short_operations():

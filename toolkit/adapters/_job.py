@@ -108,7 +108,8 @@ def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:
         return
     if _process_sets and hvd.is_initialized():
         gather(None, all_groups=True)
-    hvd.shutdown()
+    with watch.waiting(watch.LEAVING):
+        hvd.shutdown()
     if elastic.is_active():
         _disconnect()
 

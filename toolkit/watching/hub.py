@@ -16,6 +16,7 @@ from toolkit.watching.lines import ANSWER, CALLING, Line, proof
 from toolkit.watching.member import ALL_GROUPS, LAST, SHARED, Member, Watch, deputies, failure, seconds, waits_for, when
 from toolkit.watching.verdict import Verdict, leave
 
+_MOVING = "loading", "training at"  # how what a run does begins that is soon over
 _FAREWELL = 0.5  # seconds between the failed worker's exit and the others', so that launchers name the first
 
 
@@ -153,7 +154,7 @@ class Hub(Watch):
         for line in [line for line in self._strangers if now - line.began > LAST]:
             self._strangers.discard(line)
             self.drop(line)
-        if self.me.left and not self._others() and now > self._until or all(m.left for m in self.members):
+        if all(m.left or m is not self.me and m.line is None and now > self._until for m in self.members):
             for line in self._others():
                 line.send(kind="over")
             self.over.set()
@@ -177,18 +178,18 @@ class Hub(Watch):
             self._end(failure(member, member.shared), member)
 
     def _settle_errors(self, now: float) -> None:
-        """Some got Horovod's error that another has ended: those that did not are the ones."""
-        present = [m for m in self.members if m.line is not None or m is self.me]
-        missing = [m for m in present if not m.error and not m.left]
+        """Some got Horovod's error that another has ended: who has left is the one, or those that did not get it."""
         late = now - self._first_error
-        if missing and late < ANSWER + 1:
-            if late > 1 and not self._asked:
+        if late < 1:  # a failure's own report may be on its way
+            return
+        present = [m for m in self.members if m.line is not None or m is self.me]
+        missing = [m for m in present if not m.error]
+        if left := [m for m in self.members if m.left]:
+            self._end(left[0].verdict(f"left early: it {left[0].left}{self._waited(left)}."), left[0])
+        elif missing and late < ANSWER + 1:
+            if not self._asked:
                 self._asked = True
                 self._ask(missing)
-            return
-        left = [m for m in self.members if m.left]
-        if left and not missing:
-            self._end(left[0].verdict(f"left early: it {left[0].left}{self._waited(left)}."), left[0])
         elif missing:
             self._end_stalled(missing, now)
         else:
@@ -215,40 +216,51 @@ class Hub(Watch):
                 self._end_stalled([member], now)
 
     def _look_for_waits(self, number: int, now: float) -> None:
-        """Ranks in an operation that others of their group do not come to, where Horovod does not look itself."""
+        """Ranks in an operation that others, of this group, do not come to, where Horovod does not look itself."""
         group = [m for m in self.members if m.group == number and not m.left]
         heard = [m for m in group if now - m.heard < 3 * self.beat]
         waits = [m for m in heard if m.waiting and not m.waiting.endswith(ALL_GROUPS)]
         steps = [m for m in heard if self._may_wait(m)]
+        late = [m for m in group if not m.waiting]
+        afar = [m for m in self.members if m.left or m.waiting.endswith(ALL_GROUPS)]
+        since, doubt = now, ""  # why it may be no stall, but work
         if waits:
             first = min(waits, key=lambda m: m.waiting_since)
             since, missing = first.waiting_since, [m for m in group if m.waiting != first.waiting]
-        elif steps:  # the last to have begun a step: in an earlier one none waits any more
+        elif steps and (len(group) > 1 or not afar):  # in an earlier step than the last none waits any more
             first = max(steps, key=lambda m: m.doing_since)
             since, missing = first.doing_since, [m for m in group if m.doing != first.doing]
-        if not waits and not steps or now - since < self.timeout / 5:
+            if not missing:
+                doubt = f"{_names(group)} are {first.doing}: a slow step, or one that waits for another"
+        elif late and afar:  # nothing moves here, and another group waits for it, or others have left
+            first = min(afar, key=lambda m: m.waiting_since)
+            since, missing = max(first.waiting_since, *(max(m.doing_since, m.waiting_since) for m in late)), late
+            if first.left or not all(m.doing.startswith(_MOVING) for m in late):  # such as in an evaluation
+                doubt = f"{_names(late)}: {late[0].doing or 'at work'}; {first.name} "
+                doubt += first.left or f"waits in {waits_for(first)}"
+        waited = now - since
+        if waited < self.timeout / 5:
             self._warned_of_waits.discard(number)
             self._asked_in_waits.discard(number)
             return
-        waited = now - since
-        if not missing:
-            if not waits and waited > self.timeout and number not in self._warned_of_waits:
-                self._warned_of_waits.add(number)
-                names = ", ".join(m.name for m in group[:4])
-                self.warn(f"{names} are {first.doing} for {waited:.0f} s: a slow step, or one that waits for another.")
+        if doubt or not missing:
+            if doubt and waited > self.timeout:
+                self._warn_of_waits(number, f"for {waited:.0f} s {doubt}.")
             return
-        if number not in self._warned_of_waits and self._own_waits:
-            self._warned_of_waits.add(number)
-            names = ", ".join(m.name for m in missing[:4])
+        if self._own_waits:
             limit = f"the job ends after {self.timeout:g} s (--stall-timeout)"
-            self.warn(
-                f"{first.name} waits for {names} in {first.waiting or waits_for(first)} for {waited:.0f} s; {limit}."
-            )
+            waits_in = f"{first.name} waits for {_names(missing)} in {first.waiting or waits_for(first)}"
+            self._warn_of_waits(number, f"{waits_in} for {waited:.0f} s; {limit}.")
         if waited > self.timeout - 1 and number not in self._asked_in_waits:
             self._asked_in_waits.add(number)
             self._ask(missing)
         if waited > self.timeout:
             self._end_stalled(missing, now)
+
+    def _warn_of_waits(self, number: int, text: str) -> None:
+        if number not in self._warned_of_waits:
+            self._warned_of_waits.add(number)
+            self.warn(text)
 
     def _may_wait(self, member: Member) -> bool:
         """Whether a worker may wait in a compiled step, which can't tell, where Horovod does not look itself."""
@@ -256,8 +268,8 @@ class Hub(Watch):
 
     def _waited(self, members: Sequence[Member]) -> str:
         """What the others were waiting for."""
-        group = [m for m in self.members if m.group == members[0].group and m not in members]
-        others = [m for m in group if m.waiting or m.error or self._may_wait(m)]
+        there = [m for m in self.members if m.group == members[0].group or m.waiting.endswith(ALL_GROUPS)]
+        others = [m for m in there if m not in members and (m.waiting or m.error or self._may_wait(m))]
         if not others:
             return ""
         what = waits_for(others[0])
@@ -280,6 +292,7 @@ class Hub(Watch):
 
     def _end(self, verdict: Verdict, member: Member) -> None:
         """Tell it, end the others, and this worker."""
+        self._end_at = time.monotonic(), verdict.code
         if not verdict.traceback and not verdict.shown and self.stopped_by_signal():
             verdict = replace(verdict, code=143)
         else:
@@ -296,3 +309,7 @@ class Hub(Watch):
         if others:
             time.sleep(_FAREWELL if member is not self.me else 0.1)
         leave(code)
+
+
+def _names(members: Sequence[Member]) -> str:
+    return ", ".join(m.name for m in members[:4])

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit import ending
 from toolkit.watching.diagnosis import go_on
 from toolkit.watching.lines import Line
-from toolkit.watching.verdict import Verdict, mute, say
+from toolkit.watching.verdict import Verdict, leave, mute, say
 from toolkit.world import World
 
 BEAT = 1.0  # seconds between two signs of life of a worker, for up to 128 of them
 SHARED = 5.0  # seconds in which an error that all ranks raise alike is expected from the lowest of them
 LAST = 3.0  # seconds after which a worker ends by itself that knows the job has failed
+_TERMINATED = 2.0  # seconds after SIGTERM in which the main thread ends this worker
 ALL_GROUPS = " of all groups"  # ends the name of an operation that a group may come to much later than another
 
 
@@ -31,7 +33,7 @@ class Here:
     """What this worker does, for the others to be told; written by the main thread, read by the watch."""
 
     doing = ""
-    waiting: tuple[str, float] | None = None  # in which operation of all ranks, since when
+    waiting = "", 0.0  # in which operation of all ranks, since when; or when the last one was over
     directory: Path | None = None
     world = World()
     stopped = False
@@ -52,7 +54,7 @@ class Member:
         line: the connection to it; None where there is none yet, or no more.
         heard: when it last gave a sign of life.
         doing: what it did then, and `doing_since`.
-        waiting: the operation that it waited in then, or "", and `waiting_since`.
+        waiting: the operation that it waited in then, and `waiting_since`; or "", and since when in none.
         directory: where its run writes, or "".
         left: how it left the job, or "".
         error: what it got because another had ended, or "".
@@ -116,6 +118,8 @@ class Watch(threading.Thread):
         self._wake.setblocking(False)
         self.selector.register(self._bell, selectors.EVENT_READ, self._rung)
         self._signalled: tuple[float, bool] | None = None  # when, and whether it ends this process
+        self._terminated_at: float | None = None  # by the first SIGTERM that does
+        self._end_at: tuple[float, int] | None = None  # when and how this worker ends, as the job has failed
         self._pid = os.getpid()
         self._next_beat = self._last_tick = now = time.monotonic()
         for member in members:
@@ -157,7 +161,15 @@ class Watch(threading.Thread):
         signal.signal(number, signal.SIG_DFL)
         if self.alive:
             self.over.wait(1)
+        if self.alive and self._failing():
+            self.over.wait(LAST)
+        else:
+            ending.note(128 + number)
         os.kill(os.getpid(), number)
+
+    def _failing(self) -> bool:
+        """Whether the job has failed, as far as is known here: then that decides how this worker ends."""
+        return self._end_at is not None or any(member.error for member in self.members)
 
     def close_in_child(self) -> None:
         """Close what a forked process has of the sockets: the others must see this process's end."""
@@ -173,6 +185,8 @@ class Watch(threading.Thread):
                 if number in (signal.SIGTERM, signal.SIGINT):
                     ends = signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, self._terminated)
                     self._signalled = time.monotonic(), ends
+                    if number == signal.SIGTERM and ends and self._terminated_at is None:
+                        self._terminated_at = time.monotonic()
 
     def stopped_by_signal(self) -> bool:
         """Whether the whole job has just been told to stop, so that workers' ends are no news.
@@ -203,6 +217,8 @@ class Watch(threading.Thread):
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if self._terminated_at is not None and now - self._terminated_at > _TERMINATED and not self._failing():
+            leave(128 + signal.SIGTERM)  # the main thread is in Horovod, and hears of no signal
         if now - self._last_tick > max(3.0, 2 * self.beat):  # the silence was this process's own
             for member in self.members:
                 member.heard += now - self._last_tick
@@ -216,11 +232,11 @@ class Watch(threading.Thread):
         self.look(now)
 
     def _look_at_myself(self, now: float) -> None:
-        me, waits = self.me, Here.waiting
+        me = self.me
         me.heard = now
         if me.doing != Here.doing:
             me.doing, me.doing_since = Here.doing, now
-        me.waiting, me.waiting_since = waits or ("", 0.0)
+        me.waiting, me.waiting_since = Here.waiting
         me.directory = str(Here.directory or "")
 
     def told(self, message: dict[str, Any]) -> None:
@@ -250,8 +266,7 @@ class Watch(threading.Thread):
     def report(self, verdict: Verdict, directory: str = "") -> None:
         """Print the verdict and write its file."""
         say(verdict.text)
-        place = Path(directory) if directory else Here.directory
-        verdict.write(place if place is not None and place.is_dir() else Here.directory)
+        verdict.write(Path(directory) if directory else None, Here.directory)
         mute()
 
     def wake(self, member: Member) -> None:
@@ -281,8 +296,8 @@ def failure(member: Member, message: dict[str, Any]) -> Verdict:
 
 
 def deputies(members: Sequence[Member]) -> list[int]:
-    """Who speaks when rank 0 is lost: the lowest rank that is there, and the lowest on another host."""
-    there = [m for m in members[1:] if not m.left and (m.line is not None or members[0].line is None)]
+    """Whom rank 0 has speak when it is lost: the lowest rank that is there, and the lowest on another host."""
+    there = [m for m in members[1:] if m.line is not None and (m.waiting or not m.left)]
     far = [m for m in there if m.host != members[0].host]
     return list(dict.fromkeys(m.rank for m in [*there[:1], *far[:1]])) or [1]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from toolkit.watching.diagnosis import process_state, stacks
 from toolkit.watching.lines import CALLING, reach
-from toolkit.watching.member import LAST, Member, Watch, deputies, failure, seconds, waits_for
+from toolkit.watching.member import LAST, Member, Watch, failure, seconds, waits_for
 from toolkit.watching.verdict import Verdict, leave, mute
 
 
@@ -22,8 +22,7 @@ class Spoke(Watch):
         super().__init__(me, members, key, timeout)
         self._addresses = addresses
         self._hub = members[0]
-        self._deputies = deputies(members)
-        self._end_at: tuple[float, int] | None = None
+        self._deputies = [1]
         self._left = False
 
     def run(self) -> None:
@@ -70,10 +69,21 @@ class Spoke(Watch):
 
     def _lost_hub(self) -> None:
         hub = self._hub
-        if self._left:
+        if self._needs_no_one():
             self.over.set()
-        elif not hub.left and self._end_at is None:
+        elif self._end_at is None and not hub.left:
             self._speak(hub.verdict("ended without a word: killed (kill -9, or out of memory) or crashed."))
+        elif self._end_at is None and self.me.error:
+            self._speak_of_leaving()
+
+    def _needs_no_one(self) -> bool:
+        """Whether this worker has left, and so has rank 0, or the script goes on."""
+        return self._left and (bool(self._hub.left) or not self.me.waiting)
+
+    def _speak_of_leaving(self) -> None:
+        """Rank 0 has left and is gone, and this worker has failed on account of it."""
+        hub = self._hub
+        self._speak(hub.verdict(f"left early: it {hub.left}; {self.me.name} waited for it in {waits_for(self.me)}."))
 
     def _speak(self, verdict: Verdict) -> None:
         """End this worker on account of rank 0, and say so where it is for this worker to say."""
@@ -93,15 +103,15 @@ class Spoke(Watch):
         now = time.monotonic()
         self._look_at_myself(now)
         kind, hub = message["kind"], self._hub
+        if kind == "consequence":
+            self.me.error = message["text"]
         if self._end_at is not None:  # the job has failed; this is of no more interest
             return
         if hub.line is not None:
             hub.line.send(**message, **self._state(now))
             self._left = self._left or kind == "left"
         elif kind == "consequence" and hub.left:
-            self._speak(
-                hub.verdict(f"left early: it {hub.left}; {self.me.name} waited for it in {waits_for(self.me)}.")
-            )
+            self._speak_of_leaving()
         elif kind in ("failure", "shared"):
             verdict = failure(self.me, message)
             self.report(verdict)
@@ -111,7 +121,7 @@ class Spoke(Watch):
 
     def _state(self, now: float) -> dict[str, Any]:
         me = self.me
-        waits = {"waiting": me.waiting, "waiting_for": now - me.waiting_since} if me.waiting else {}
+        waits = {"waiting": me.waiting, "waiting_for": now - me.waiting_since}
         return {"doing": me.doing, "doing_for": now - me.doing_since, "directory": me.directory, **waits}
 
     def beat_now(self, now: float) -> None:
@@ -121,10 +131,12 @@ class Spoke(Watch):
 
     def look(self, now: float) -> None:
         """End this worker when it is time, and look for rank 0's silence."""
-        if self._end_at is not None and now >= self._end_at[0]:
-            leave(self._end_at[1])
+        if self._end_at is not None:
+            if now >= self._end_at[0]:
+                leave(self._end_at[1])
+            return
         hub = self._hub
-        if not self.timeout or hub.line is None or hub.left or self._left:
+        if not self.timeout or hub.line is None or hub.left or self._needs_no_one():
             return
         silent = now - hub.heard
         # A beat later than rank 0 would end this worker, had it been the silent one.

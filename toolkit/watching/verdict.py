@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +16,7 @@ from toolkit import ending
 from toolkit.files import write_whole
 
 FILE = "error.json"
+_DISK = 1.0  # seconds that the end of the job waits for the disk
 _WIDTH = 78  # covers what a progress bar left on the terminal's line
 # What the ranks that go on see when another one has ended, by Horovod's own words and by those of Gloo below it.
 _SHUT_DOWN = "Horovod has been shut down"
@@ -66,13 +67,20 @@ class Verdict:
             lines += _prefixed(name, stack)
         return "\n".join([*lines, f"[{self.name}] {self.cause}"]) + "\n"
 
-    def write(self, directory: Path | None) -> None:
-        """Write error.json, whole or not at all, where there is a directory for it."""
-        if directory is None or not directory.is_dir() or not self.kept:
-            return
+    def write(self, *directories: Path | None) -> None:
+        """Write error.json, whole or not at all, to the first of these that takes it; what hangs is not waited for."""
         content = {key: value for key, value in asdict(self).items() if key not in ("code", "kept", "shown")}
-        with contextlib.suppress(OSError):  # a full or vanished disk: the terminal has it all
-            write_whole(directory / FILE, json.dumps({**content, "exit_code": self.code}, indent=1).encode())
+        text = json.dumps({**content, "exit_code": self.code}, indent=1).encode() + b"\n"
+
+        def write() -> None:
+            for directory in directories:
+                with contextlib.suppress(OSError):  # a full or vanished disk: the terminal has it all
+                    if directory is not None and directory.is_dir():
+                        write_whole(directory / FILE, text)
+                        break
+
+        if self.kept:
+            _within(_DISK, write)
 
 
 def is_consequence(error: BaseException | None) -> bool:
@@ -125,10 +133,15 @@ def leave(code: int) -> None:
             with contextlib.suppress(Exception):
                 stream.flush()
 
-    thread = threading.Thread(target=flush, daemon=True)
-    thread.start()
-    thread.join(0.5)
+    _within(0.5, flush)
     os._exit(code)
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    """Do what may hang, and go on without it after these seconds."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _prefixed(name: str, text: str) -> list[str]:
