@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tests.drills.report import Drill, table
 from tests.launching import begin, kill_marked, launch, marked, seconds_until_gone
@@ -32,7 +34,9 @@ _RUNS = {
     "cnn": (45, 3, 300, ["--dropout", "0.2", "--shift", "1"]),
 }
 _MOMENTS = ("while it trains", "while a checkpoint is written", "while it starts")
-_LONGEST_START = 120  # seconds
+_LONGEST = 120  # seconds of a start
+_MANY = 30  # kills of a run, among which some must have hit the writing of a checkpoint
+_BEGIN = re.compile(r": (?:resumed at epoch \d+, step (\d+)|new run|no checkpoint to resume yet, begun anew) in ")
 
 
 def drills(
@@ -45,7 +49,8 @@ def drills(
     """For each recipe a chain of its share of the kills, a drill for each kind of moment.
 
     A third of the kills falls into the writing of a checkpoint. Lost steps are those in metrics.jsonl after
-    the checkpoint that is resumed; rows are written when a checkpoint is, so a few more may be unknown.
+    the checkpoint that is resumed; rows are written when a checkpoint is, so a few more may be unknown. The seconds
+    are those of kills that left the launcher and a rank to notice them.
 
     Args:
         times: number of kills.
@@ -83,12 +88,17 @@ class _Chain:
             for number in range(times):
                 moment = _MOMENTS[1] if number % 3 == 1 else _MOMENTS[2] if number % 6 == 3 else _MOMENTS[0]
                 unfinished += self._kill(found[moment], moment)
+            before = newest_step(self.work)
             result = launch(2, [*self.command, *self._where()], launcher=self.launcher, timeout=3600)
             drills = [drill for drill in found.values() if drill.times]
             found[_MOMENTS[1]].fault += f" ({unfinished} left in part)"
             problems = [f"at the end: {line}" for line in differences(straight, self.work)]
             if result.returncode:
                 problems.append(f"the last resume failed: {result.stderr[-2000:]}")
+            elif begun_at(result.stdout) != before:
+                problems.append(f"the last resume went on from step {begun_at(result.stdout)}, not {before}")
+            if times >= _MANY and not unfinished:
+                problems.append("no kill has cut the writing of a checkpoint short")
             for drill in drills:
                 drill.failures += problems
         return drills
@@ -99,14 +109,16 @@ class _Chain:
 
     def _kill(self, drill: Drill, moment: str) -> bool:
         """Start or resume, kill at such a moment, and note what came of it; True where a checkpoint was cut short."""
-        before = self._rows_bytes()
+        before = newest_step(self.work)
         with tempfile.TemporaryFile("w+") as printed:
             process, mark = begin(2, [*self.command, *self._where()], launcher=self.launcher, printed=printed)
             try:
-                ended = self._wait_for(moment, before, process)
+                ended = self._wait_for(moment, printed, process)
                 job = marked(mark)
                 ranks = sorted(pid for pid, line in job.items() if is_rank(pid) and self.recipe in line)
                 victims = [self.generator.choice(ranks)] if ranks and self.generator.random() < 0.75 else list(job)
+                if moment == _MOMENTS[1]:
+                    ended = ended or self._wait_for_writing(process)
                 for pid in victims:
                     _kill(pid)
                 seconds = seconds_until_gone(mark, 60)
@@ -118,27 +130,27 @@ class _Chain:
             printed.seek(0)
             text = printed.read()
         drill.times += 1
-        drill.seconds.append(seconds)
+        if victims != list(job):  # else nobody was left to notice anything
+            drill.seconds.append(seconds)
         cut_short = bool(list(self.work.glob(".step-*.tmp")))
         newest, damages = checkpoint.newest_whole(checkpoint.steps(self.work))
         rows = output.read_metrics(self.work, "step") if (self.work / "metrics.jsonl").exists() else []
         resumed_from = newest.manifest["step"] if newest else 0
         drill.lost_steps.append(max((rows[-1]["step"] if rows else 0) - resumed_from, 0))
-        if ended or left or damages or code == 0 or seconds > 10:
+        begun = begun_at(text)
+        astray = begun != before and (begun is not None or moment != _MOMENTS[2])
+        if ended or astray or left or damages or code == 0 or seconds > 10:
             found = f"ended before: {ended}; exit code {code}; {seconds:.1f} s; left: {left}; damaged: {damages}"
-            drill.failures.append(f"{found}; {text[-500:]}")
+            drill.failures.append(f"went on from step {begun}, not {before}; {found}; {text[-500:]}")
         return cut_short
 
-    def _wait_for(self, moment: str, before: int, process: subprocess.Popen) -> bool:
-        """Return at such a moment; True where the run has ended before it."""
+    def _wait_for(self, moment: str, printed: IO[str], process: subprocess.Popen) -> bool:
+        """Return at such a moment, or before the next writing; True where the run has ended before it."""
         if moment == _MOMENTS[2]:
             return self._pause(process, self.generator.uniform(0, 6))
-        end = time.monotonic() + _LONGEST_START
-        while self._rows_bytes() == before or not self.work.is_dir():  # until it has taken up training
-            if self._pause(process, 0.005) or time.monotonic() > end:
-                return True
-        if self._pause(process, self.generator.uniform(0, 0.8)) or moment == _MOMENTS[0]:
-            return process.poll() is not None
+        return not wait_until_begun(printed, process) or self._pause(process, self.generator.uniform(0, 0.8))
+
+    def _wait_for_writing(self, process: subprocess.Popen) -> bool:
         while not any(name.startswith(".step-") for name in os.listdir(self.work)):
             if process.poll() is not None:
                 return True
@@ -152,11 +164,27 @@ class _Chain:
             return False
         return True
 
-    def _rows_bytes(self) -> int:
-        try:
-            return (self.work / "metrics.jsonl").stat().st_size
-        except FileNotFoundError:
-            return 0
+
+def newest_step(run: Path) -> int:
+    """The step of a run's newest whole checkpoint; 0 where there is none."""
+    found, _ = checkpoint.newest_whole(checkpoint.steps(run))
+    return found.manifest["step"] if found else 0
+
+
+def begun_at(text: str) -> int | None:
+    """The step that a start says it goes on from, 0 where it says that it begins anew; None: it says nothing yet."""
+    found = _BEGIN.search(text)
+    return found and int(found[1] or 0)
+
+
+def wait_until_begun(printed: IO[str], process: subprocess.Popen) -> bool:
+    """Return once a start has said from where it goes on; False: it ended before, or took too long."""
+    end = time.monotonic() + _LONGEST
+    while time.monotonic() < end and process.poll() is None:
+        if begun_at(os.pread(printed.fileno(), 1 << 20, 0).decode(errors="replace")) is not None:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def differences(straight: Path, work: Path) -> list[str]:

@@ -9,13 +9,12 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.drills.kills import differences, is_rank
+from tests.drills.kills import begun_at, differences, is_rank, newest_step, wait_until_begun
 from tests.drills.report import Drill, table
 from tests.launching import begin, kill_marked, launch, marked, seconds_until_gone
 from toolkit import checkpoint
@@ -69,20 +68,23 @@ def _chain(recipe: str, launcher: str, signals: Sequence[int], generator: random
         for _ in range(times):
             where = ["--output", str(work), *(["--resume"] if work.is_dir() else [])]
             _stop(drill, [*command, *where], work, launcher, generator.choice(signals), generator)
+        before = newest_step(work)
         result = launch(2, [*command, "--output", work, "--resume"], launcher=launcher, timeout=3600)
         if result.returncode:
             drill.failures.append(f"the last resume failed: {result.stderr[-2000:]}")
+        elif begun_at(result.stdout) != before:
+            drill.failures.append(f"the last resume went on from step {begun_at(result.stdout)}, not {before}")
         drill.failures += [f"at the end: {line}" for line in differences(straight, work)]
     return drill
 
 
 def _stop(drill: Drill, command: list[str], work: Path, launcher: str, number: int, generator: random.Random) -> None:
     """Start or resume, send the signal at a random moment, and note what came of it."""
-    before = [path.name for path in checkpoint.steps(work)]
+    before = newest_step(work)
     with tempfile.TemporaryFile("w+") as printed:
         process, mark = begin(2, command, launcher=launcher, printed=printed)
         try:
-            _wait_for_text(printed, process, ": new run in ", ": resumed at ", "begun anew")
+            wait_until_begun(printed, process)
             time.sleep(generator.uniform(0, 0.8))
             ranks = sorted(pid for pid in marked(mark) if is_rank(pid))
             rank = generator.choice([None, *ranks])
@@ -100,26 +102,17 @@ def _stop(drill: Drill, command: list[str], work: Path, launcher: str, number: i
     # A launcher that gets the signal itself answers by a code of its own.
     codes = (128 + number,) if rank is not None and "horovodrun" not in launcher else range(1, 256)
     told = text.count("; to go on: ")
-    newest = [path.name for path in checkpoint.steps(work)][-1:]
-    if left or code not in codes or told != 1 or newest == before[-1:] or not _is_told(text, work):
+    begun, newest = begun_at(text), newest_step(work)
+    if left or code not in codes or told != 1 or begun != before or newest <= before or not _is_told(text, work):
         where = "the launcher" if rank is None else "a rank"
-        found = f"{where}: exit code {code}; left: {left}; told {told} times; newest {newest} after {before[-1:]}"
-        drill.failures.append(f"{found}; {text[-800:]}")
+        found = f"{where}: exit code {code}; left: {left}; told {told} times; newest {newest} after {before}"
+        drill.failures.append(f"{found}; went on from {begun}; {text[-800:]}")
 
 
 def _is_told(text: str, work: Path) -> bool:
     """Whether the newest checkpoint is of the step that the message names."""
     newest = checkpoint.newest(work)
     return newest is not None and f" after step {newest.manifest['step']}; to go on: " in text
-
-
-def _wait_for_text(printed: object, process: subprocess.Popen, *texts: str) -> None:
-    end = time.monotonic() + _LONGEST
-    while time.monotonic() < end and process.poll() is None:
-        found = os.pread(printed.fileno(), 1 << 20, 0).decode(errors="replace")  # type: ignore[attr-defined]
-        if any(text in found for text in texts):
-            return
-        time.sleep(0.02)
 
 
 if __name__ == "__main__":
