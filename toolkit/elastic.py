@@ -25,7 +25,7 @@ from toolkit.errors import UsageError
 from toolkit.options import RunOptions
 from toolkit.world import World
 
-_FUTILE = 3  # failures in a row without a commit between them, after which it is not the workers' coming and going
+_FUTILE = 3  # failures in a row without a new commit between them, after which it is not the workers' coming and going
 T = TypeVar("T")
 
 
@@ -98,15 +98,16 @@ class Membership:
         if self._has_run:
             raise UsageError("elastic mode goes on with one run in fit(): train each run by a fit() of its own.")
         self._has_run = True
-        step = self.commit.manifest["position"]["step"] if self.commit else -1
+        step = _step(self.commit) if self.commit else -1
         held = self.adapter.gather((self.directory, step))
         holders = [Holder(rank, directory, step) for rank, (directory, step) in enumerate(held) if directory]
         return max(holders, key=lambda holder: (holder.step, -holder.rank), default=None)
 
     def keep(self, commit: Checkpoint) -> None:
-        """Hold this commit in place of the one before."""
+        """Hold this commit in place of the one before; the first after a loss is often the same once more."""
+        if self.commit is None or _step(commit) > _step(self.commit):
+            self._failures = 0
         self.commit = commit
-        self._failures = 0
 
     def on_hosts_updated(self, timestamp: int, update: Any) -> None:
         """Note Horovod's news, which it tells rank 0 alone, in a thread of its own."""
@@ -174,6 +175,10 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
     finally:
         _current.pop()
         notification_manager.remove_listener(membership)
+
+
+def _step(commit: Checkpoint) -> int:
+    return commit.manifest["position"]["step"]
 
 
 def _is_loss_of_a_worker(error: BaseException) -> bool:

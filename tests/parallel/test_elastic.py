@@ -73,10 +73,28 @@ def test_an_error_that_no_other_worker_causes_ends_the_run():
     """Such as gradients of other shapes on each rank: it comes back with whatever workers there are."""
     membership = Membership(adapter=None)
     lost = HorovodInternalError("a collective operation failed")
+
+    def keep(step):
+        membership.keep(checkpoint.Checkpoint(None, {"position": {"step": step}}, {}))
+
     assert not membership.outlives(ValueError("Horovod is no part of this"))
-    assert [membership.outlives(lost) for _ in range(3)] == [True] * 3
-    membership.keep(commit=None)
-    assert [membership.outlives(lost) for _ in range(4)] == [True] * 3 + [False]
+    for step in (0, 10):
+        keep(step)
+        outlived = []
+        for _ in range(4):
+            outlived.append(membership.outlives(lost))
+            keep(step)  # as each attempt does where it begins
+        assert outlived == [True] * 3 + [False]
+
+
+def test_an_error_that_comes_back_ends_the_job_by_itself(tmp_path):
+    recipe = ROOT / "recipes/linear_regression_torch.py"
+    command = [WORKERS / "elastic_cases.py", recipe, "--output", tmp_path / "run", "--global-batch-size", "64"]
+    with ElasticJob(tmp_path / "job", command, HOSTS[:2], environment={"MISMATCH": "17"}) as job:
+        assert job.wait(120) != 0
+        printed = job.printed()
+    assert printed.count("going on from memory at epoch 2, step 14") == 3, printed
+    assert printed.count("elastic: a worker was lost") == 6 and "[rank 1 on" in printed
 
 
 def test_the_newest_commit_counts_and_of_several_the_lowest_ranks(tmp_path):
