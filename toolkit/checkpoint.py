@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,10 +166,11 @@ class Writer:
             tries -= 1
         return None if self._job is None else self._reason
 
-    def close(self) -> None:
-        """Return when no attempt is under way, and make no more."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Make no more attempts; return whether the one under way has ended, waiting so long for it at most."""
         self._no_more.set()
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False)
+        return self._pending is None or bool(wait([self._pending], seconds).done)
 
     def _end_attempts(self) -> None:
         self._no_more.set()

@@ -52,6 +52,7 @@ _FREE_OPTIONS = [
     "no_tuning",
     "verbose",
 ]
+_LAST_WRITE = 5.0  # seconds that an exception waits for the checkpoint that is being written
 Item = TypeVar("Item")
 
 
@@ -486,8 +487,9 @@ class Run:
         finally:
             if self._metrics is not None:
                 self._metrics.close()
-            self._writer.close()
-            self._release_claim()
+            # An exception is told when this block is left; in elastic mode another attempt follows in this process.
+            if self._writer.close(None if whole or self._membership else _LAST_WRITE):
+                self._release_claim()  # else the process's end does
 
     def _finish_writing(self) -> None:
         failure = self._writer.finish()
