@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from tests.launching import BIN, MARK, ROOT, clean_environment, kill_marked, marked
+from toolkit import checkpoint, output, verify
 
 # Names of this machine that need no ssh; Horovod takes each for a host of its own.
 HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1")
@@ -114,6 +117,13 @@ class ElasticJob:
     def printed(self) -> str:
         """All output so far."""
         return self._out.read_text() + self._err.read_text()
+
+
+def outcome(directory: Path, steps_per_epoch: int) -> verify.Outcome:
+    """The losses of all of a run's steps and its last weights, to compare."""
+    losses = [row["loss"] for row in output.read_metrics(directory, "step")]
+    weights = {n: a for n, a in checkpoint.newest(directory).state.items() if n.startswith("model/")}
+    return verify.Outcome(np.array(losses), weights, steps_per_epoch)
 
 
 def last_step(directory: Path) -> int:
