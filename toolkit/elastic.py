@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -21,11 +22,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from toolkit.adapters import Adapter
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import UsageError
+from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
 from toolkit.world import World
 
 _FUTILE = 3  # failures in a row without a new commit between them, after which it is not the workers' coming and going
+_fits = itertools.count()  # calls of decorated functions in this process
+_joined: dict[str, World] = {}  # what the script's own world has become, for the calls after this one
 T = TypeVar("T")
 
 
@@ -49,7 +52,7 @@ def elastic(adapter: Adapter) -> Callable[[Callable[..., T]], Callable[..., T]]:
         def fit_elastically(world: World, options: RunOptions, *args: Any, **kwargs: Any) -> T:
             if not is_active():
                 return fit(world, options, *args, **kwargs)
-            return _call(Membership(adapter), fit, world, options, *args, **kwargs)
+            return _call(Membership(adapter, next(_fits)), fit, _joined.get("world", world), options, *args, **kwargs)
 
         return fit_elastically
 
@@ -73,13 +76,17 @@ class Holder(NamedTuple):
 class Membership:
     """This worker's part in an elastic job: what it holds of the run, and what it has heard of other hosts.
 
+    Args:
+        adapter: the adapter in use.
+        number: how many calls of decorated functions came before this one in the script.
+
     Attributes:
         directory: the run's, once the workers have agreed on it.
         commit: what this worker holds in memory; complete: all ranks' states are in it.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, number: int) -> None:
+        self.adapter, self._number = adapter, number
         self.directory: Path | None = None
         self.commit: Checkpoint | None = None
         self.hosts_changed = threading.Event()
@@ -94,13 +101,20 @@ class Membership:
 
         Raises:
             UsageError: `fit` trains a second run.
+            RunFailed: the others train in a later `fit` than this worker, which came meanwhile; on this worker alone.
         """
         if self._has_run:
             raise UsageError("elastic mode goes on with one run in fit(): train each run by a fit() of its own.")
         self._has_run = True
         step = _step(self.commit) if self.commit else -1
-        held = self.adapter.gather((self.directory, step))
-        holders = [Holder(rank, directory, step) for rank, (directory, step) in enumerate(held) if directory]
+        held = self.adapter.gather((self.directory, step, self._number))
+        latest = max(number for _, _, number in held)
+        if self._number < latest:  # the others lose this worker, and go on
+            raise RunFailed(
+                f"the others train in fit() number {latest + 1} of this script already, and a worker that comes begins "
+                f"with number {self._number + 1}: train each run by a script of its own."
+            )
+        holders = [Holder(rank, directory, step) for rank, (directory, step, _) in enumerate(held) if directory]
         return max(holders, key=lambda holder: (holder.step, -holder.rank), default=None)
 
     def keep(self, commit: Checkpoint) -> None:
@@ -171,7 +185,9 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
                 if not membership.outlives(error):
                     raise
                 print(f"[{world.name}] {_told(error)}", file=sys.stderr, flush=True)
-            world = membership.join_again(options)  # out here, where nothing holds the error's frames
+            world = _joined["world"] = membership.join_again(
+                options
+            )  # out here, where nothing holds the error's frames
     finally:
         _current.pop()
         notification_manager.remove_listener(membership)

@@ -9,6 +9,7 @@ from tests.elastic_job import HOSTS, ElasticJob, outcome
 from tests.launching import ROOT, WORKERS, launch
 from toolkit import checkpoint, output, verify
 from toolkit.elastic import Membership
+from toolkit.errors import RunFailed
 
 EPOCHS, STEPS = 12, 84
 
@@ -49,6 +50,45 @@ def test_killed_joined_and_killed_again(framework, backend, size, tmp_path):
     assert found.passes(1e-4), found
 
 
+SCRIPT = f"""
+import os, runpy, sys
+from dataclasses import replace
+recipe = runpy.run_path("{ROOT}/recipes/linear_regression_torch.py")
+dp, train = recipe["dp"], recipe["datasets"].diabetes()
+options = recipe["parse"](recipe["Options"], None)
+world = dp.start(**options.start)
+for name, steps, newcomers_rate in FITS:
+    rate = newcomers_rate if os.environ["HOROVOD_HOSTNAME"] == "{HOSTS[2]}" else options.learning_rate
+    its = replace(options, output=options.output / name, max_steps=steps, learning_rate=rate)
+    recipe["fit"](world, its, train, train.take([]))
+dp.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fits", "named"),
+    [
+        ([("first", 7, 0.4), ("second", 35, 0.4)], "the others train in fit() number 2 of this script already"),
+        ([("second", 35, 0.5)], "second has learning_rate 0.4, this run has learning_rate 0.5: start the workers"),
+    ],
+)
+@pytest.mark.long
+def test_a_worker_that_would_train_another_run_is_refused_and_the_others_go_on(fits, named, tmp_path):
+    """With a script's second fit under way, which they begin with as many as they are by then, or other options."""
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(SCRIPT.replace("FITS", repr(fits)))
+    command = [WORKERS / "elastic_cases.py", script, "--output", run, "--global-batch-size", "64"]
+    with ElasticJob(tmp_path / "job", command, HOSTS[:2], environment={"KILL": "2:1:3", "HOLD": "1:16"}) as job:
+        job.wait_until(lambda: "/second; 1 worker(s)" in job.printed(), "the last fit with one worker")
+        job.set_hosts([*job.workers(), HOSTS[2]])
+        assert job.wait() == 0, job.printed()
+        printed = job.printed()
+    assert named in printed and printed.count("error: ") == 1 and "Traceback" not in printed, printed
+    assert printed.count("elastic: a worker was lost") == 2, printed
+    for name, steps, _ in fits:
+        assert [row["step"] for row in output.read_metrics(run / name, "step")] == list(range(1, steps + 1))
+
+
 @pytest.mark.parametrize(
     ("command", "named"),
     [
@@ -64,7 +104,7 @@ def test_what_elastic_mode_cannot_do_is_one_line(command, named, tmp_path):
 
 def test_an_error_that_no_other_worker_causes_ends_the_run():
     """Such as gradients of other shapes on each rank: it comes back with whatever workers there are."""
-    membership = Membership(adapter=None)
+    membership = Membership(adapter=None, number=0)
     lost = HorovodInternalError("a collective operation failed")
 
     def keep(step):
@@ -95,7 +135,8 @@ def test_the_newest_commit_counts_and_of_several_the_lowest_ranks(tmp_path):
 
     class Others:
         def gather(self, mine):
-            return [(None, -1), (tmp_path, 30), (tmp_path, 40), (tmp_path, 40), mine]
+            return [(None, -1, 1), (tmp_path, 30, 1), (tmp_path, 40, 1), (tmp_path, 40, 1), mine]
 
-    membership = Membership(Others())
-    assert membership.enter() == (2, tmp_path, 40)
+    assert Membership(Others(), number=1).enter() == (2, tmp_path, 40)
+    with pytest.raises(RunFailed, match=r"train in fit\(\) number 2 of this script already"):
+        Membership(Others(), number=0).enter()
