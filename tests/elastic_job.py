@@ -81,15 +81,15 @@ class ElasticJob:
         temporary.write_text("".join(f"{host}:1\n" for host in hosts))
         temporary.replace(self._hosts)
 
-    def workers(self) -> dict[str, int]:
-        """The process on each host."""
+    def workers(self, variable: str = "HOROVOD_HOSTNAME") -> dict[str, int]:
+        """The process on each host, or of each value that another variable had at its start."""
         found = {}
         for pid in marked(self._mark):
             try:
                 environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            names = [v.partition(b"=")[2].decode() for v in environ if v.startswith(b"HOROVOD_HOSTNAME=")]
+            names = [v.partition(b"=")[2].decode() for v in environ if v.startswith(f"{variable}=".encode())]
             found.update(dict.fromkeys(names, pid))
         return found
 
@@ -97,6 +97,10 @@ class ElasticJob:
         """`kill -9` the worker on a host; when it was done."""
         os.kill(self.workers()[host], signal.SIGKILL)
         return time.monotonic()
+
+    def tell(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to the launcher, or to the worker that began with this rank."""
+        os.kill(self._process.pid if rank is None else self.workers("HOROVOD_RANK")[str(rank)], number)
 
     def wait_until(self, holds: Callable[[], bool], what: str, timeout: float = 120) -> float:
         """When something came to hold."""

@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _TEMPORARY = re.compile(r"\.step-[0-9]{8,18}\.[0-9]+\.tmp")
+WRITING = threading.Lock()  # held by whichever of this process's threads writes a checkpoint
 RETRY_SECONDS = 30.0  # between attempts to write a checkpoint that could not be written
 _MOST_MANIFEST_BYTES = 16 << 20  # a large model's architecture takes a few MB
 _MOST = 2**53  # of a count: what a float still tells from its neighbour
@@ -189,7 +190,8 @@ class Writer:
     ) -> None:
         try:
             self._prepare()
-            path = write(directory, step, state, manifest, keep)
+            with WRITING:
+                path = write(directory, step, state, manifest, keep)
         except OSError as error:
             before, self._reason = self._reason, reason(error)
             if self._reason != before:  # told once, however long it stays so

@@ -14,19 +14,24 @@ import functools
 import gc
 import itertools
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from toolkit import checkpoint, ending
 from toolkit.adapters import Adapter
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
+from toolkit.stopping import Signals, resume_command
+from toolkit.watching.verdict import say
 from toolkit.world import World
 
 _FUTILE = 3  # failures in a row without a new commit between them, after which it is not the workers' coming and going
+_LOOK = 0.1  # seconds between two looks for a signal
 _fits = itertools.count()  # calls of decorated functions in this process
 _joined: dict[str, World] = {}  # what the script's own world has become, for the calls after this one
 T = TypeVar("T")
@@ -147,6 +152,65 @@ class Membership:
         return self.adapter.start(**options.start)
 
 
+class _Lookout(threading.Thread):
+    """Ends this worker on a signal, whatever the main thread waits for; as rank 0, it saves the commit before.
+
+    horovodrun that was told to stop sends SIGTERM to all workers. One that gets it alone, as from a host that is
+    being taken down, leaves alone, and the others go on.
+
+    Args:
+        membership: this worker's.
+        world: as it is at first.
+        keep: `--keep`.
+    """
+
+    def __init__(self, membership: Membership, world: World, keep: int) -> None:
+        super().__init__(name="hvdkit-lookout", daemon=True)
+        self.world = world
+        self._membership, self._keep = membership, keep
+        self._over = threading.Event()
+        self._signals = Signals()
+        self._signals.install()
+        self.start()
+
+    def run(self) -> None:
+        """Until the end."""
+        while not self._over.wait(_LOOK):
+            self._look()
+        self._look()
+
+    def hold(self) -> None:
+        """Where this worker leaves, let the caller do nothing more."""
+        if self._signals.received is not None:
+            self.join()
+
+    def end(self) -> None:
+        """Look no more; where this worker leaves, this does not return."""
+        self._over.set()
+        self.join()
+        self._signals.restore()
+
+    def _look(self) -> None:
+        number, commit = self._signals.received, self._membership.commit
+        if number is None:
+            return
+        if self.world.rank == 0 and commit is not None:
+            say(f"[{self.world.name}] elastic: told to stop by {signal.Signals(number).name}; {self._saved(commit)}\n")
+            ending.note(128 + number)
+        os._exit(128 + number)
+
+    def _saved(self, commit: Checkpoint) -> str:
+        """Write a commit to the disk, and tell what came of it."""
+        step = _step(commit)
+        try:
+            with checkpoint.WRITING:
+                checkpoint.write(commit.path, step, commit.state, commit.manifest, self._keep)
+        except OSError as error:
+            return f"step {step} could not be saved: {checkpoint.reason(error)}"
+        command = resume_command(commit.path, self.world.size)
+        return f"step {step} is saved; unless the others go on, to go on: {command}"
+
+
 _current: list[Membership] = []  # of the fit() that runs in this process, for its Run
 
 
@@ -177,6 +241,7 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
     notification_manager.init()
     notification_manager.register_listener(membership)
     _current.append(membership)
+    lookout = _Lookout(membership, world, options.keep)
     try:
         while True:
             try:
@@ -184,11 +249,12 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
             except Exception as error:
                 if not membership.outlives(error):
                     raise
+                lookout.hold()
                 print(f"[{world.name}] {_told(error)}", file=sys.stderr, flush=True)
-            world = _joined["world"] = membership.join_again(
-                options
-            )  # out here, where nothing holds the error's frames
+            # Out here, where nothing holds the error's frames.
+            lookout.world = world = _joined["world"] = membership.join_again(options)
     finally:
+        lookout.end()
         _current.pop()
         notification_manager.remove_listener(membership)
 

@@ -1,6 +1,7 @@
 """Under horovodrun's elastic mode workers are killed and others come: the run's result is that of one left alone."""
 
 import re
+import signal
 
 import pytest
 from horovod.common.exceptions import HorovodInternalError
@@ -48,6 +49,37 @@ def test_killed_joined_and_killed_again(framework, backend, size, tmp_path):
         assert [row[kind] for row in rows] == list(range(1, count + 1))
     found = verify.compare(outcome(tmp_path / "alone", 7), outcome(tmp_path / "run", 7), 1e-4)
     assert found.passes(1e-4), found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.long
+def test_told_to_stop_a_worker_leaves_alone_and_the_launcher_with_what_was_held_saved(number, tmp_path):
+    """Both times rank 0 saves its commit: it can't tell whether the launcher was told, or this worker alone."""
+    run, step_file = tmp_path / "run", tmp_path / "step"
+    recipe = ROOT / "recipes/linear_regression_torch.py"
+    command = [recipe, "--global-batch-size", "64", "--epochs", "50", "--commit-steps", "4", "--output", run]
+    with ElasticJob(
+        tmp_path / "job",
+        [WORKERS / "elastic_cases.py", *command],
+        HOSTS[:3],
+        environment={"PACE": "0.1", "STEP": str(step_file)},
+    ) as job:
+
+        def tell_at(step, rank=None):
+            job.wait_until(lambda: step_file.exists() and int(step_file.read_text() or 0) >= step, f"step {step}")
+            job.tell(number, rank)
+
+        tell_at(10, rank=0)
+        job.wait_until(lambda: f"in {run}; 2 worker(s)" in job.printed(), "going on without it")
+        tell_at(30)
+        assert job.wait(60) != 0
+        printed = job.printed()
+    told = re.findall(r"told to stop by SIG\w+; step (\d+) is saved; .*to go on: (horovodrun .* --resume)", printed)
+    assert len(told) == 2 and 8 <= int(told[0][0]) < 28 <= int(told[1][0]), printed
+    assert [int(path.name[-8:]) for path in checkpoint.steps(run)] == [int(step) for step, _ in told], printed
+    resumed = launch(2, [*command, "--resume", "--max-steps", "40"])
+    assert f"step {told[1][0]} in" in resumed.stdout and resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in output.read_metrics(run, "step")] == list(range(1, 41))
 
 
 SCRIPT = f"""
