@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from tests.launching import BIN, MARK, ROOT, clean_environment, kill_marked, marked
+from toolkit import checkpoint, output, verify
 
 # Names of this machine that need no ssh; Horovod takes each for a host of its own.
 HOSTS = ("localhost", "127.0.0.1", "127.1", "127.0.1")
@@ -78,15 +81,15 @@ class ElasticJob:
         temporary.write_text("".join(f"{host}:1\n" for host in hosts))
         temporary.replace(self._hosts)
 
-    def workers(self) -> dict[str, int]:
-        """The process on each host."""
+    def workers(self, variable: str = "HOROVOD_HOSTNAME") -> dict[str, int]:
+        """The process on each host, or of each value that another variable had at its start."""
         found = {}
         for pid in marked(self._mark):
             try:
                 environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            names = [v.partition(b"=")[2].decode() for v in environ if v.startswith(b"HOROVOD_HOSTNAME=")]
+            names = [v.partition(b"=")[2].decode() for v in environ if v.startswith(f"{variable}=".encode())]
             found.update(dict.fromkeys(names, pid))
         return found
 
@@ -94,6 +97,10 @@ class ElasticJob:
         """`kill -9` the worker on a host; when it was done."""
         os.kill(self.workers()[host], signal.SIGKILL)
         return time.monotonic()
+
+    def tell(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to the launcher, or to the worker that began with this rank."""
+        os.kill(self._process.pid if rank is None else self.workers("HOROVOD_RANK")[str(rank)], number)
 
     def wait_until(self, holds: Callable[[], bool], what: str, timeout: float = 120) -> float:
         """When something came to hold."""
@@ -114,6 +121,13 @@ class ElasticJob:
     def printed(self) -> str:
         """All output so far."""
         return self._out.read_text() + self._err.read_text()
+
+
+def outcome(directory: Path, steps_per_epoch: int) -> verify.Outcome:
+    """The losses of all of a run's steps and its last weights, to compare."""
+    losses = [row["loss"] for row in output.read_metrics(directory, "step")]
+    weights = {n: a for n, a in checkpoint.newest(directory).state.items() if n.startswith("model/")}
+    return verify.Outcome(np.array(losses), weights, steps_per_epoch)
 
 
 def last_step(directory: Path) -> int:

@@ -70,7 +70,8 @@ def harm(
     name, _, backend = framework.partition("-")
     recipe = f"recipes/linear_regression_{name}.py"
     options = ["--output", output, "--epochs", "100000", "--global-batch-size", "64", "--learning-rate", "0.1"]
-    options += ["--print-every", "100000", "--checkpoint-every", "1" if moment == "checkpoint" else "100000"]
+    every = "1" if moment in ("checkpoint", "writing") else "100000"
+    options += ["--print-every", "100000", "--checkpoint-every", every]
     result = launch(
         size,
         [WORKERS / "faulty.py", fault, str(rank), moment, recipe, *map(str, options), *arguments]

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _TEMPORARY = re.compile(r"\.step-[0-9]{8,18}\.[0-9]+\.tmp")
+WRITING = threading.Lock()  # held by whichever of this process's threads writes a checkpoint
 RETRY_SECONDS = 30.0  # between attempts to write a checkpoint that could not be written
 _MOST_MANIFEST_BYTES = 16 << 20  # a large model's architecture takes a few MB
 _MOST = 2**53  # of a count: what a float still tells from its neighbour
@@ -166,10 +167,11 @@ class Writer:
             tries -= 1
         return None if self._job is None else self._reason
 
-    def close(self) -> None:
-        """Return when no attempt is under way, and make no more."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Make no more attempts; return whether the one under way has ended, waiting so long for it at most."""
         self._no_more.set()
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False)
+        return self._pending is None or bool(wait([self._pending], seconds).done)
 
     def _end_attempts(self) -> None:
         self._no_more.set()
@@ -188,7 +190,8 @@ class Writer:
     ) -> None:
         try:
             self._prepare()
-            path = write(directory, step, state, manifest, keep)
+            with WRITING:
+                path = write(directory, step, state, manifest, keep)
         except OSError as error:
             before, self._reason = self._reason, reason(error)
             if self._reason != before:  # told once, however long it stays so

@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from toolkit import checkpoint, ending
 from toolkit.adapters import Adapter
 from toolkit.checkpoint import Checkpoint
-from toolkit.errors import UsageError
+from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
+from toolkit.stopping import Signals, resume_command
+from toolkit.watching.verdict import say
 from toolkit.world import World
 
-_FUTILE = 3  # failures in a row without a commit between them, after which it is not the workers' coming and going
+_FUTILE = 3  # failures in a row without a new commit between them, after which it is not the workers' coming and going
+_LOOK = 0.1  # seconds between two looks for a signal
+_fits = itertools.count()  # calls of decorated functions in this process
+_joined: dict[str, World] = {}  # what the script's own world has become, for the calls after this one
 T = TypeVar("T")
 
 
@@ -49,7 +57,7 @@ def elastic(adapter: Adapter) -> Callable[[Callable[..., T]], Callable[..., T]]:
         def fit_elastically(world: World, options: RunOptions, *args: Any, **kwargs: Any) -> T:
             if not is_active():
                 return fit(world, options, *args, **kwargs)
-            return _call(Membership(adapter), fit, world, options, *args, **kwargs)
+            return _call(Membership(adapter, next(_fits)), fit, _joined.get("world", world), options, *args, **kwargs)
 
         return fit_elastically
 
@@ -73,13 +81,17 @@ class Holder(NamedTuple):
 class Membership:
     """This worker's part in an elastic job: what it holds of the run, and what it has heard of other hosts.
 
+    Args:
+        adapter: the adapter in use.
+        number: how many calls of decorated functions came before this one in the script.
+
     Attributes:
         directory: the run's, once the workers have agreed on it.
         commit: what this worker holds in memory; complete: all ranks' states are in it.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, number: int) -> None:
+        self.adapter, self._number = adapter, number
         self.directory: Path | None = None
         self.commit: Checkpoint | None = None
         self.hosts_changed = threading.Event()
@@ -94,19 +106,27 @@ class Membership:
 
         Raises:
             UsageError: `fit` trains a second run.
+            RunFailed: the others train in a later `fit` than this worker, which came meanwhile; on this worker alone.
         """
         if self._has_run:
             raise UsageError("elastic mode goes on with one run in fit(): train each run by a fit() of its own.")
         self._has_run = True
-        step = self.commit.manifest["position"]["step"] if self.commit else -1
-        held = self.adapter.gather((self.directory, step))
-        holders = [Holder(rank, directory, step) for rank, (directory, step) in enumerate(held) if directory]
+        step = _step(self.commit) if self.commit else -1
+        held = self.adapter.gather((self.directory, step, self._number))
+        latest = max(number for _, _, number in held)
+        if self._number < latest:  # the others lose this worker, and go on
+            raise RunFailed(
+                f"the others train in fit() number {latest + 1} of this script already, and a worker that comes begins "
+                f"with number {self._number + 1}: train each run by a script of its own."
+            )
+        holders = [Holder(rank, directory, step) for rank, (directory, step, _) in enumerate(held) if directory]
         return max(holders, key=lambda holder: (holder.step, -holder.rank), default=None)
 
     def keep(self, commit: Checkpoint) -> None:
-        """Hold this commit in place of the one before."""
+        """Hold this commit in place of the one before; the first after a loss is often the same once more."""
+        if self.commit is None or _step(commit) > _step(self.commit):
+            self._failures = 0
         self.commit = commit
-        self._failures = 0
 
     def on_hosts_updated(self, timestamp: int, update: Any) -> None:
         """Note Horovod's news, which it tells rank 0 alone, in a thread of its own."""
@@ -130,6 +150,65 @@ class Membership:
         gc.collect()  # of the model before, whose hooks and graphs hold each other
         self.hosts_changed.clear()  # all that was told until now is known to the job that is joined
         return self.adapter.start(**options.start)
+
+
+class _Lookout(threading.Thread):
+    """Ends this worker on a signal, whatever the main thread waits for; as rank 0, it saves the commit before.
+
+    horovodrun that was told to stop sends SIGTERM to all workers. One that gets it alone, as from a host that is
+    being taken down, leaves alone, and the others go on.
+
+    Args:
+        membership: this worker's.
+        world: as it is at first.
+        keep: `--keep`.
+    """
+
+    def __init__(self, membership: Membership, world: World, keep: int) -> None:
+        super().__init__(name="hvdkit-lookout", daemon=True)
+        self.world = world
+        self._membership, self._keep = membership, keep
+        self._over = threading.Event()
+        self._signals = Signals()
+        self._signals.install()
+        self.start()
+
+    def run(self) -> None:
+        """Until the end."""
+        while not self._over.wait(_LOOK):
+            self._look()
+        self._look()
+
+    def hold(self) -> None:
+        """Where this worker leaves, let the caller do nothing more."""
+        if self._signals.received is not None:
+            self.join()
+
+    def end(self) -> None:
+        """Look no more; where this worker leaves, this does not return."""
+        self._over.set()
+        self.join()
+        self._signals.restore()
+
+    def _look(self) -> None:
+        number, commit = self._signals.received, self._membership.commit
+        if number is None:
+            return
+        if self.world.rank == 0 and commit is not None:
+            say(f"[{self.world.name}] elastic: told to stop by {signal.Signals(number).name}; {self._saved(commit)}\n")
+            ending.note(128 + number)
+        os._exit(128 + number)
+
+    def _saved(self, commit: Checkpoint) -> str:
+        """Write a commit to the disk, and tell what came of it."""
+        step = _step(commit)
+        try:
+            with checkpoint.WRITING:
+                checkpoint.write(commit.path, step, commit.state, commit.manifest, self._keep)
+        except OSError as error:
+            return f"step {step} could not be saved: {checkpoint.reason(error)}"
+        command = resume_command(commit.path, self.world.size)
+        return f"step {step} is saved; unless the others go on, to go on: {command}"
 
 
 _current: list[Membership] = []  # of the fit() that runs in this process, for its Run
@@ -162,6 +241,7 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
     notification_manager.init()
     notification_manager.register_listener(membership)
     _current.append(membership)
+    lookout = _Lookout(membership, world, options.keep)
     try:
         while True:
             try:
@@ -169,11 +249,18 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
             except Exception as error:
                 if not membership.outlives(error):
                     raise
+                lookout.hold()
                 print(f"[{world.name}] {_told(error)}", file=sys.stderr, flush=True)
-            world = membership.join_again(options)  # out here, where nothing holds the error's frames
+            # Out here, where nothing holds the error's frames.
+            lookout.world = world = _joined["world"] = membership.join_again(options)
     finally:
+        lookout.end()
         _current.pop()
         notification_manager.remove_listener(membership)
+
+
+def _step(commit: Checkpoint) -> int:
+    return commit.manifest["position"]["step"]
 
 
 def _is_loss_of_a_worker(error: BaseException) -> bool:

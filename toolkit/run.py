@@ -52,6 +52,7 @@ _FREE_OPTIONS = [
     "no_tuning",
     "verbose",
 ]
+_LAST_WRITE = 5.0  # seconds that an exception waits for the checkpoint that is being written
 Item = TypeVar("Item")
 
 
@@ -510,8 +511,9 @@ class Run:
         finally:
             if self._metrics is not None:
                 self._metrics.close()
-            self._writer.close()
-            self._release_claim()
+            # An exception is told when this block is left; in elastic mode another attempt follows in this process.
+            if self._writer.close(None if whole or self._membership else _LAST_WRITE):
+                self._release_claim()  # else the process's end does
 
     def _finish_writing(self) -> None:
         failure = self._writer.finish()
@@ -615,6 +617,12 @@ class Run:
             saved.update(commit.state if commit else {})
             told = self.adapter.gather(commit and (directory, commit.manifest, list(saved)))[source]
             self.sharding = replace(self.sharding, global_batch_size=told[1]["global_batch_size"])
+            different = self._difference(told[1])
+            if different:  # the others lose this worker, and go on
+                raise RunFailed(
+                    f"the run in {directory} has {different}: start the workers of all hosts with the same script, "
+                    "data and options."
+                )
         if self._membership is not None:
             self._membership.directory = directory
         if told is None:
@@ -655,15 +663,12 @@ class Run:
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
         """Refuse to continue a run whose position would mean other samples here, or what no run has saved."""
-        manifest, shown = found.manifest, checkpoint.shown
-        here = self.adapter.describe(self.model)
-        told = {key: here.get(key) for key in ("framework", "backend")}
-        for key, value in {**told, **self._identity()}.items():
-            if manifest.get(key) != value:
-                raise UsageError(
-                    f"--resume: {found.path} was made with {key} {shown(manifest.get(key))}, "
-                    f"this run has {key} {value}: give the options that it was made with, or choose another --output."
-                )
+        manifest, different = found.manifest, self._difference(found.manifest)
+        if different:
+            raise UsageError(
+                f"--resume: {found.path} was made with {different}: "
+                "give the options that it was made with, or choose another --output."
+            )
         strange = self._strange(found)
         if strange:
             raise UsageError(f"--resume: {found.path} was not saved by this run, as {strange}: remove it.")
@@ -671,6 +676,15 @@ class Run:
             raise UsageError(
                 f"--audit: {found.path} lies within an epoch whose samples were not counted: resume without --audit."
             )
+
+    def _difference(self, manifest: Mapping[str, Any]) -> str | None:
+        """What a run that has saved this has otherwise than this one; None: nothing."""
+        here = self.adapter.describe(self.model)
+        told = {key: here.get(key) for key in ("framework", "backend")}
+        for key, value in {**told, **self._identity()}.items():
+            if manifest.get(key) != value:
+                return f"{key} {checkpoint.shown(manifest.get(key))}, this run has {key} {value}"
+        return None
 
     def _strange(self, found: checkpoint.Checkpoint) -> str | None:
         """What in a checkpoint, whose values are of the right types, can't be of this run; None: nothing."""

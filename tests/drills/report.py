@@ -45,7 +45,7 @@ def table(drills: Iterable[Drill]) -> str:
 def _row(drill: Drill) -> tuple[str, ...]:
     seconds = [f"{value:.1f} s" for value in _median_and_worst(drill.seconds)] or ["–", "–"]
     steps = [f"{value:g}" for value in _median_and_worst(drill.lost_steps)] or ["–", "–"]
-    right = f"{drill.times - len(drill.failures)}/{drill.times}"
+    right = f"{max(0, drill.times - len(drill.failures))}/{drill.times}"
     return (drill.fault, drill.launcher, drill.framework, str(drill.times), *seconds, *steps, right)
 
 

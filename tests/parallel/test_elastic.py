@@ -1,23 +1,18 @@
 """Under horovodrun's elastic mode workers are killed and others come: the run's result is that of one left alone."""
 
 import re
+import signal
 
-import numpy as np
 import pytest
 from horovod.common.exceptions import HorovodInternalError
 
-from tests.elastic_job import HOSTS, ElasticJob
+from tests.elastic_job import HOSTS, ElasticJob, outcome
 from tests.launching import ROOT, WORKERS, launch
 from toolkit import checkpoint, output, verify
 from toolkit.elastic import Membership
+from toolkit.errors import RunFailed
 
 EPOCHS, STEPS = 12, 84
-
-
-def outcome(directory):
-    losses = [row["loss"] for row in output.read_metrics(directory, "step")]
-    weights = {n: a for n, a in checkpoint.newest(directory).state.items() if n.startswith("model/")}
-    return verify.Outcome(np.array(losses), weights, STEPS // EPOCHS)
 
 
 OPTIONS = ["--epochs", str(EPOCHS), "--learning-rate", "0.1", "--audit", "--check-sync", "5", "--print-every", "4"]
@@ -52,8 +47,78 @@ def test_killed_joined_and_killed_again(framework, backend, size, tmp_path):
     for kind, count in (("step", STEPS), ("epoch", EPOCHS)):
         rows = output.read_metrics(tmp_path / "run", kind)
         assert [row[kind] for row in rows] == list(range(1, count + 1))
-    found = verify.compare(outcome(tmp_path / "alone"), outcome(tmp_path / "run"), 1e-4)
+    found = verify.compare(outcome(tmp_path / "alone", 7), outcome(tmp_path / "run", 7), 1e-4)
     assert found.passes(1e-4), found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.long
+def test_told_to_stop_a_worker_leaves_alone_and_the_launcher_with_what_was_held_saved(number, tmp_path):
+    """Both times rank 0 saves its commit: it can't tell whether the launcher was told, or this worker alone."""
+    run, step_file = tmp_path / "run", tmp_path / "step"
+    recipe = ROOT / "recipes/linear_regression_torch.py"
+    command = [recipe, "--global-batch-size", "64", "--epochs", "50", "--commit-steps", "4", "--output", run]
+    with ElasticJob(
+        tmp_path / "job",
+        [WORKERS / "elastic_cases.py", *command],
+        HOSTS[:3],
+        environment={"PACE": "0.1", "STEP": str(step_file)},
+    ) as job:
+
+        def tell_at(step, rank=None):
+            job.wait_until(lambda: step_file.exists() and int(step_file.read_text() or 0) >= step, f"step {step}")
+            job.tell(number, rank)
+
+        tell_at(10, rank=0)
+        job.wait_until(lambda: f"in {run}; 2 worker(s)" in job.printed(), "going on without it")
+        tell_at(30)
+        assert job.wait(60) != 0
+        printed = job.printed()
+    told = re.findall(r"told to stop by SIG\w+; step (\d+) is saved; .*to go on: (horovodrun .* --resume)", printed)
+    assert len(told) == 2 and 8 <= int(told[0][0]) < 28 <= int(told[1][0]), printed
+    assert [int(path.name[-8:]) for path in checkpoint.steps(run)] == [int(step) for step, _ in told], printed
+    resumed = launch(2, [*command, "--resume", "--max-steps", "40"])
+    assert f"step {told[1][0]} in" in resumed.stdout and resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in output.read_metrics(run, "step")] == list(range(1, 41))
+
+
+SCRIPT = f"""
+import os, runpy, sys
+from dataclasses import replace
+recipe = runpy.run_path("{ROOT}/recipes/linear_regression_torch.py")
+dp, train = recipe["dp"], recipe["datasets"].diabetes()
+options = recipe["parse"](recipe["Options"], None)
+world = dp.start(**options.start)
+for name, steps, newcomers_rate in FITS:
+    rate = newcomers_rate if os.environ["HOROVOD_HOSTNAME"] == "{HOSTS[2]}" else options.learning_rate
+    its = replace(options, output=options.output / name, max_steps=steps, learning_rate=rate)
+    recipe["fit"](world, its, train, train.take([]))
+dp.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fits", "named"),
+    [
+        ([("first", 7, 0.4), ("second", 35, 0.4)], "the others train in fit() number 2 of this script already"),
+        ([("second", 35, 0.5)], "second has learning_rate 0.4, this run has learning_rate 0.5: start the workers"),
+    ],
+)
+@pytest.mark.long
+def test_a_worker_that_would_train_another_run_is_refused_and_the_others_go_on(fits, named, tmp_path):
+    """With a script's second fit under way, which they begin with as many as they are by then, or other options."""
+    script, run = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(SCRIPT.replace("FITS", repr(fits)))
+    command = [WORKERS / "elastic_cases.py", script, "--output", run, "--global-batch-size", "64"]
+    with ElasticJob(tmp_path / "job", command, HOSTS[:2], environment={"KILL": "2:1:3", "HOLD": "1:16"}) as job:
+        job.wait_until(lambda: "/second; 1 worker(s)" in job.printed(), "the last fit with one worker")
+        job.set_hosts([*job.workers(), HOSTS[2]])
+        assert job.wait() == 0, job.printed()
+        printed = job.printed()
+    assert named in printed and printed.count("error: ") == 1 and "Traceback" not in printed, printed
+    assert printed.count("elastic: a worker was lost") == 2, printed
+    for name, steps, _ in fits:
+        assert [row["step"] for row in output.read_metrics(run / name, "step")] == list(range(1, steps + 1))
 
 
 @pytest.mark.parametrize(
@@ -71,12 +136,30 @@ def test_what_elastic_mode_cannot_do_is_one_line(command, named, tmp_path):
 
 def test_an_error_that_no_other_worker_causes_ends_the_run():
     """Such as gradients of other shapes on each rank: it comes back with whatever workers there are."""
-    membership = Membership(adapter=None)
+    membership = Membership(adapter=None, number=0)
     lost = HorovodInternalError("a collective operation failed")
+
+    def keep(step):
+        membership.keep(checkpoint.Checkpoint(None, {"position": {"step": step}}, {}))
+
     assert not membership.outlives(ValueError("Horovod is no part of this"))
-    assert [membership.outlives(lost) for _ in range(3)] == [True] * 3
-    membership.keep(commit=None)
-    assert [membership.outlives(lost) for _ in range(4)] == [True] * 3 + [False]
+    for step in (0, 10):
+        keep(step)
+        outlived = []
+        for _ in range(4):
+            outlived.append(membership.outlives(lost))
+            keep(step)  # as each attempt does where it begins
+        assert outlived == [True] * 3 + [False]
+
+
+def test_an_error_that_comes_back_ends_the_job_by_itself(tmp_path):
+    recipe = ROOT / "recipes/linear_regression_torch.py"
+    command = [WORKERS / "elastic_cases.py", recipe, "--output", tmp_path / "run", "--global-batch-size", "64"]
+    with ElasticJob(tmp_path / "job", command, HOSTS[:2], environment={"MISMATCH": "17"}) as job:
+        assert job.wait(120) != 0
+        printed = job.printed()
+    assert printed.count("going on from memory at epoch 2, step 14") == 3, printed
+    assert printed.count("elastic: a worker was lost") == 6 and "[rank 1 on" in printed
 
 
 def test_the_newest_commit_counts_and_of_several_the_lowest_ranks(tmp_path):
@@ -84,7 +167,8 @@ def test_the_newest_commit_counts_and_of_several_the_lowest_ranks(tmp_path):
 
     class Others:
         def gather(self, mine):
-            return [(None, -1), (tmp_path, 30), (tmp_path, 40), (tmp_path, 40), mine]
+            return [(None, -1, 1), (tmp_path, 30, 1), (tmp_path, 40, 1), (tmp_path, 40, 1), mine]
 
-    membership = Membership(Others())
-    assert membership.enter() == (2, tmp_path, 40)
+    assert Membership(Others(), number=1).enter() == (2, tmp_path, 40)
+    with pytest.raises(RunFailed, match=r"train in fit\(\) number 2 of this script already"):
+        Membership(Others(), number=0).enter()

@@ -17,6 +17,7 @@ LAUNCHERS_OWN = f'Traceback (most recent call last):\n  File "{BIN}/horovodrun"'
     [
         ("torch", "mpirun", 1, "data"),
         ("tensorflow", "horovodrun-gloo", 1, "step"),
+        ("torch", "mpirun", 0, "writing"),
         pytest.param("torch", "horovodrun", 0, "evaluation", marks=long),
         pytest.param("keras-tensorflow", "mpirun", 1, "data", marks=long),
         pytest.param("keras-torch", "horovodrun-gloo", 0, "step", marks=long),

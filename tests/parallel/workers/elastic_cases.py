@@ -4,7 +4,8 @@
 
 Environment: KILL, `size:rank:step,…`: of that many workers this rank dies in the step after this one; HOLD,
 `size:step`: so many workers wait there until they hear of other hosts; ONCE: a file that lets nobody die once it is
-there, as it is after the first death; PACE: seconds that a step takes at least; STEP: a file for rank 0's step.
+there, as it is after the first death; MISMATCH: a step after which ranks average arrays of different shapes; PACE:
+seconds that a step takes at least; STEP: a file for rank 0's step.
 """
 
 import os
@@ -14,10 +15,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from toolkit.run import Run
 
 ONCE = Path(os.environ.get("ONCE", "/nowhere"))
 KILL, HOLD = (os.environ.get(name, "").split(",") for name in ("KILL", "HOLD"))
+MISMATCH = int(os.environ.get("MISMATCH", "-1"))
 PACE, STEP = float(os.environ.get("PACE", "0")), os.environ.get("STEP")
 log = Run.log
 
@@ -30,6 +34,8 @@ def log_or_die(self, **arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     if f"{size}:{step}" in HOLD and rank == 0:
         self._membership.hosts_changed.wait(120)
+    if step == MISMATCH:
+        self.adapter.average({"loss": np.zeros(1 + rank)})
     if STEP and rank == 0:
         Path(STEP).write_text(f"{step:09}")
     time.sleep(PACE)

@@ -1,13 +1,14 @@
 """A recipe, one rank of which comes to harm: `faulty.py FAULT RANK MOMENT recipe.py …`; other ranks run it as it is.
 
 FAULT: raise, kill, stop (SIGSTOP), sleep, exit (sys.exit() with 0), exit3, leave (stop(), and no end).
-MOMENT: start, first (collective), step, data, evaluation, checkpoint.
+MOMENT: start, first (collective), step, data, evaluation, checkpoint, writing (a step while a slow disk writes one).
 """
 
 import os
 import runpy
 import signal
 import sys
+import threading
 import time
 
 from toolkit import checkpoint, datasets, world
@@ -34,7 +35,7 @@ def harm():
     sys.exit(3 if fault == "exit3" else 0)
 
 
-running = None
+running, writing = None, threading.Event()
 
 
 def before(owner, name, due):
@@ -63,6 +64,9 @@ before(Run, "log", lambda: moment == "step" and step_is_due())
 before(Run, "end_epoch", lambda: moment == "evaluation" and step_is_due())
 before(datasets, "with_noise", lambda: moment == "data" and step_is_due())
 before(checkpoint if rank == 0 else Run, "flush" if rank == 0 else "save", lambda: moment == "checkpoint")
+before(Run, "log", lambda: moment == "writing" and writing.is_set())
+if moment == "writing":
+    before(checkpoint, "flush", lambda: writing.set() or time.sleep(60))
 datasets.diabetes()  # loads what is slow to load before a short --stall-timeout counts
 sys.argv = [recipe, *sys.argv[5:]]
 runpy.run_path(recipe, run_name="__main__")
