@@ -21,17 +21,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from toolkit import checkpoint, ending
+from toolkit import checkpoint, connections, ending
 from toolkit.adapters import Adapter
 from toolkit.checkpoint import Checkpoint
 from toolkit.errors import RunFailed, UsageError
 from toolkit.options import RunOptions
 from toolkit.stopping import Signals, resume_command
+from toolkit.watching.member import Here, when
 from toolkit.watching.verdict import say
 from toolkit.world import World
 
 _FUTILE = 3  # failures in a row without a new commit between them, after which it is not the workers' coming and going
-_LOOK = 0.1  # seconds between two looks for a signal
+_LOOK = 0.1  # seconds between two looks
 _fits = itertools.count()  # calls of decorated functions in this process
 _joined: dict[str, World] = {}  # what the script's own world has become, for the calls after this one
 T = TypeVar("T")
@@ -153,21 +154,30 @@ class Membership:
 
 
 class _Lookout(threading.Thread):
-    """Ends this worker on a signal, whatever the main thread waits for; as rank 0, it saves the commit before.
+    """Ends this worker on a signal or when it is stuck, whatever the main thread waits for.
 
-    horovodrun that was told to stop sends SIGTERM to all workers. One that gets it alone, as from a host that is
-    being taken down, leaves alone, and the others go on.
+    horovodrun that was told to stop sends SIGTERM to all workers, and rank 0 saves the commit before it leaves. One
+    that gets it alone, as from a host that is being taken down, leaves alone, and the others go on.
+
+    horovodrun waits for a worker that is stuck without end, but not for one that has ended. Those that wait for it
+    too long cut their connections, so that it is known there, and go on when it has ended.
 
     Args:
         membership: this worker's.
         world: as it is at first.
-        keep: `--keep`.
+        options: the run's.
+
+    Attributes:
+        world: of the `fit` that is under way, or was last.
+        trains: it is under way.
     """
 
-    def __init__(self, membership: Membership, world: World, keep: int) -> None:
+    def __init__(self, membership: Membership, world: World, options: RunOptions) -> None:
         super().__init__(name="hvdkit-lookout", daemon=True)
-        self.world = world
-        self._membership, self._keep = membership, keep
+        self.world, self.trains = world, True
+        self._membership, self._keep = membership, options.keep
+        self._limit, self._seconds = options.stall_timeout, 0.0
+        self._seen: tuple[Any, ...] = ()
         self._over = threading.Event()
         self._signals = Signals()
         self._signals.install()
@@ -176,11 +186,13 @@ class _Lookout(threading.Thread):
     def run(self) -> None:
         """Until the end."""
         while not self._over.wait(_LOOK):
-            self._look()
-        self._look()
+            self._leave_if_told()
+            self._look_for_stall()
+        self._leave_if_told()
 
     def hold(self) -> None:
         """Where this worker leaves, let the caller do nothing more."""
+        self.trains = False
         if self._signals.received is not None:
             self.join()
 
@@ -190,7 +202,23 @@ class _Lookout(threading.Thread):
         self.join()
         self._signals.restore()
 
-    def _look(self) -> None:
+    def _look_for_stall(self) -> None:
+        seen = (Here.doing, Here.waiting, self.world)
+        # Counted, not measured: while this process is stopped or starved, no time passes.
+        self._seconds = self._seconds + _LOOK if seen == self._seen else 0.0
+        self._seen = seen
+        if not self.trains or not 0 < self._limit <= self._seconds:
+            return
+        this = f"[{self.world.name}] elastic: this worker"
+        if Here.waiting is not None:
+            say(f"{this} has waited for others for {self._limit:g} s{when(Here)}: those that are stuck are to end\n")
+            connections.cut()
+            self._seconds = 0.0
+        elif Here.doing.startswith(("loading", "training")) and connections.any_is_cut():  # evaluations take their time
+            say(f"{this} ends: it was stuck for {self._limit:g} s{when(Here)}\n")
+            os._exit(1)
+
+    def _leave_if_told(self) -> None:
         number, commit = self._signals.received, self._membership.commit
         if number is None:
             return
@@ -241,7 +269,7 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
     notification_manager.init()
     notification_manager.register_listener(membership)
     _current.append(membership)
-    lookout = _Lookout(membership, world, options.keep)
+    lookout = _Lookout(membership, world, options)
     try:
         while True:
             try:
@@ -252,7 +280,9 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
                 lookout.hold()
                 print(f"[{world.name}] {_told(error)}", file=sys.stderr, flush=True)
             # Out here, where nothing holds the error's frames.
-            lookout.world = world = _joined["world"] = membership.join_again(options)
+            world = _joined["world"] = membership.join_again(options)
+            Here.doing, Here.waiting = "", None
+            lookout.world, lookout.trains = world, True
     finally:
         lookout.end()
         _current.pop()

@@ -82,6 +82,20 @@ def test_told_to_stop_a_worker_leaves_alone_and_the_launcher_with_what_was_held_
     assert [row["step"] for row in output.read_metrics(run, "step")] == list(range(1, 41))
 
 
+@pytest.mark.long
+def test_workers_that_are_stuck_end_and_the_others_go_on(tmp_path):
+    """Two at once, which still have each other's connection."""
+    command = [WORKERS / "elastic_cases.py", ROOT / "recipes/linear_regression_torch.py", "--output", tmp_path / "run"]
+    command += ["--global-batch-size", "64", "--epochs", "5", "--stall-timeout", "6"]
+    with ElasticJob(tmp_path / "job", command, HOSTS[:3], environment={"STICK": "3:1:17,3:2:17"}) as job:
+        assert job.wait() == 0, job.printed()
+        printed = job.printed()
+    stuck = re.findall(r"\[rank (\d) on \S+\] elastic: this worker ends: it was stuck for 6 s when training", printed)
+    assert sorted(stuck) == ["1", "2"], printed
+    assert "going on from memory at epoch 2, step 14" in printed and "; 1 worker(s)" in printed, printed
+    assert [row["step"] for row in output.read_metrics(tmp_path / "run", "step")] == list(range(1, 36))
+
+
 SCRIPT = f"""
 import os, runpy, sys
 from dataclasses import replace

@@ -6,25 +6,22 @@ import atexit
 import contextlib
 import itertools
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from horovod.common.process_sets import ProcessSet, global_process_set
 
-from toolkit import elastic, tuning, watch, world
+from toolkit import connections, elastic, tuning, watch, world
 from toolkit.errors import UsageError
 from toolkit.sharding import block
 from toolkit.tuning import Choices
 from toolkit.world import World
 
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
-_connections: dict[int, int] = {}  # in an elastic job: Horovod's sockets, see `_sockets`
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
 
 
@@ -82,9 +79,8 @@ def start_horovod(
     )
     if elastic.is_active():  # how long workers wait for one that has yet to import its framework, or Horovod aborts
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")
-    before = _sockets()
-    hvd.init(process_sets=sets)
-    _connections.update(_sockets().items() - before.items())
+    with connections.noted() if elastic.is_active() else contextlib.nullcontext():
+        hvd.init(process_sets=sets)
     here = world.from_horovod(hvd)
     if launched is not None and launched.size != here.size and not elastic.is_active():
         raise UsageError(
@@ -111,29 +107,8 @@ def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:
     with watch.waiting(watch.LEAVING):
         hvd.shutdown()
     if elastic.is_active():
-        _disconnect()
-
-
-def _sockets() -> dict[int, int]:
-    """This process's sockets: descriptors to what tells them from later ones under the same number."""
-    found = {}
-    for entry in Path("/proc/self/fd").glob("*") if elastic.is_active() else ():
-        with contextlib.suppress(OSError):
-            if entry.is_socket():
-                found[int(entry.name)] = entry.stat().st_ino
-    return found
-
-
-def _disconnect() -> None:
-    """End the connections that Horovod leaves open when it was shut down after a worker's loss.
-
-    A worker that has not noticed the loss may be waiting for this one, not for the lost one: it would go on
-    waiting until Gloo's time is up, half a minute, where the end of this connection tells it at once.
-    """
-    for descriptor, _ in _sockets().items() & _connections.items():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
-    _connections.clear()
+        connections.cut()
+        connections.forget()
 
 
 def begin_watch(hvd: Any, here: World, gather: Callable[..., Any], timeout: float) -> None:

@@ -2,10 +2,10 @@
 
     elastic_cases.py <recipe> [its options]
 
-Environment: KILL, `size:rank:step,…`: of that many workers this rank dies in the step after this one; HOLD,
-`size:step`: so many workers wait there until they hear of other hosts; ONCE: a file that lets nobody die once it is
-there, as it is after the first death; MISMATCH: a step after which ranks average arrays of different shapes; PACE:
-seconds that a step takes at least; STEP: a file for rank 0's step.
+Environment: KILL, `size:rank:step,…`: of that many workers this rank dies in the step after this one; STICK: the same,
+and it hangs there; HOLD, `size:step`: so many workers wait there until they hear of other hosts; ONCE: a file that
+lets nobody die once it is there, as it is after the first death; MISMATCH: a step after which ranks average arrays of
+different shapes; PACE: seconds that a step takes at least; STEP: a file for rank 0's step.
 """
 
 import os
@@ -20,7 +20,7 @@ import numpy as np
 from toolkit.run import Run
 
 ONCE = Path(os.environ.get("ONCE", "/nowhere"))
-KILL, HOLD = (os.environ.get(name, "").split(",") for name in ("KILL", "HOLD"))
+KILL, HOLD, STICK = (os.environ.get(name, "").split(",") for name in ("KILL", "HOLD", "STICK"))
 MISMATCH = int(os.environ.get("MISMATCH", "-1"))
 PACE, STEP = float(os.environ.get("PACE", "0")), os.environ.get("STEP")
 log = Run.log
@@ -32,6 +32,8 @@ def log_or_die(self, **arguments):
         if "ONCE" in os.environ:
             ONCE.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if f"{size}:{rank}:{step}" in STICK:
+        time.sleep(600)
     if f"{size}:{step}" in HOLD and rank == 0:
         self._membership.hosts_changed.wait(120)
     if step == MISMATCH:
