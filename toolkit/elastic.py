@@ -210,7 +210,7 @@ class _Lookout(threading.Thread):
         if not self.trains or not 0 < self._limit <= self._seconds:
             return
         this = f"[{self.world.name}] elastic: this worker"
-        if Here.waiting is not None:
+        if Here.waiting[0]:
             say(f"{this} has waited for others for {self._limit:g} s{when(Here)}: those that are stuck are to end\n")
             connections.cut()
             self._seconds = 0.0
@@ -281,7 +281,7 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
                 print(f"[{world.name}] {_told(error)}", file=sys.stderr, flush=True)
             # Out here, where nothing holds the error's frames.
             world = _joined["world"] = membership.join_again(options)
-            Here.doing, Here.waiting = "", None
+            Here.doing, Here.waiting = "", ("", 0.0)
             lookout.world, lookout.trains = world, True
     finally:
         lookout.end()
