@@ -194,6 +194,7 @@ class Run:
         self._agreement.between_epochs()
         if self._is_stopped_anew():
             self.save()
+            self._commit()
         self._leave_if_told()
 
     def __enter__(self) -> Run:
@@ -225,7 +226,7 @@ class Run:
             f"{self.name}: {begin} in {self.directory}; {self.world.size} worker(s), "
             f"{self.sharding.global_batch_size} samples a step"
         )
-        if found is not None and self.finished:
+        if found is not None and self.finished and not self._stopped:
             more = f"--epochs {self.epoch}" if self.epoch >= self.options.epochs else f"--max-steps {self.step}"
             self.progress.line(f"this run is complete already: give more than {more} to go on")
         if self.options.check_sync != 0:
@@ -466,7 +467,7 @@ class Run:
             return
         self._flush()
         counts = {"audit/counts": self._audit.counts()} if self._audit else {}
-        manifest = self._manifest()
+        manifest = {**self._manifest(), "stopped": self._stopped}  # read from a commit only: a resumed run goes on
         # The last collective operation of a commit: who has its result knows that rank 0 has written the rows.
         told = self.adapter.gather(
             (self.adapter.export_local(self.model), manifest["extra"], self._membership.hosts_changed.is_set())
@@ -602,6 +603,7 @@ class Run:
                 found = output.to_resume(directory) if resume else None
                 if found is None:
                     return directory, None
+                self._keep_global_batch(found.manifest)
                 self._check_same_run(found)
             except BaseException:
                 self._release_claim()
@@ -616,7 +618,8 @@ class Run:
             commit = self._membership.commit if self.world.rank == source and self._membership else None
             saved.update(commit.state if commit else {})
             told = self.adapter.gather(commit and (directory, commit.manifest, list(saved)))[source]
-            self.sharding = replace(self.sharding, global_batch_size=told[1]["global_batch_size"])
+            self._stopped = told[1]["stopped"]
+            self._keep_global_batch(told[1])
             different = self._difference(told[1])
             if different:  # the others lose this worker, and go on
                 raise RunFailed(
@@ -628,12 +631,19 @@ class Run:
         if told is None:
             return directory, None
         path, manifest, names = told
+        self._keep_global_batch(manifest)
         state = {}
         for name in names:  # one by one: MPI sends 2 GiB at most at once
             array = self.adapter.gather(saved.get(name))[source]
             if not name.startswith("rank") or name.startswith(f"rank{self.world.rank}/"):
                 state[name] = array
         return directory, checkpoint.Checkpoint(path, manifest, state)
+
+    def _keep_global_batch(self, manifest: Mapping[str, Any]) -> None:
+        """In an elastic job, go on with the global batch of the run's start where --batch-size is a worker's."""
+        batch = manifest.get("global_batch_size", 0)
+        if self._membership is not None and self.options.batch_size and 0 < batch <= self.sharding.samples:
+            self.sharding = replace(self.sharding, global_batch_size=batch)
 
     def _take_up(self, found: checkpoint.Checkpoint | None) -> None:
         """Begin with rank 0's state, or with a checkpoint's."""

@@ -96,6 +96,21 @@ def test_workers_that_are_stuck_end_and_the_others_go_on(tmp_path):
     assert [row["step"] for row in output.read_metrics(tmp_path / "run", "step")] == list(range(1, 36))
 
 
+@pytest.mark.long
+def test_a_run_that_has_stopped_stays_so_and_one_resumed_with_fewer_workers_keeps_its_batch(tmp_path):
+    run, recipe = tmp_path / "run", ROOT / "recipes/linear_regression_torch.py"
+    command = [WORKERS / "elastic_cases.py", recipe, "--output", run, "--epochs", "8", "--batch-size", "32"]
+    with ElasticJob(tmp_path / "1", command, HOSTS[:2], environment={"STOP": "17", "LEAVE": "2:1"}) as job:
+        assert job.wait() == 0, job.printed()
+        assert "going on from memory" in job.printed() and "complete already" not in job.printed(), job.printed()
+    stopped = checkpoint.newest(run).manifest["step"]
+    assert stopped in (18, 19) and len(output.read_metrics(run, "step")) == stopped
+    with ElasticJob(tmp_path / "2", [*command, "--resume"], HOSTS[:1]) as job:
+        assert job.wait() == 0, job.printed()
+        assert re.search(rf"resumed at .* step {stopped} in .*; 1 worker\(s\), 64 samples a step", job.printed())
+    assert len(output.read_metrics(run, "step")) == 56
+
+
 SCRIPT = f"""
 import os, runpy, sys
 from dataclasses import replace
