@@ -224,8 +224,8 @@ def find(launcher: str, environment: Mapping[str, str]) -> Installed:
         raise UsageError(
             f"{launcher} is not on the PATH: activate its environment or load its module, or choose another."
         )
-    mpirun = program if launcher == "mpirun" else _program("mpirun", environment)
-    mpi, version = ("", ()) if mpirun is None else _version(mpirun, environment)
+    mpirun = _program("mpirun", environment)
+    mpi, version = _version(program if launcher == "mpirun" else mpirun, environment, needed=launcher == "mpirun")
     prefix = "/" if mpirun is None else os.path.dirname(os.path.dirname(os.path.abspath(mpirun)))
     on_path = shutil.which(launcher, path=environment.get("PATH")) is not None
     return Installed(
@@ -341,20 +341,21 @@ def _program(name: str, environment: Mapping[str, str]) -> str | None:
     return shutil.which(name, path=environment.get("PATH")) or shutil.which(name, path=beside)
 
 
-def _version(mpirun: str, environment: Mapping[str, str]) -> tuple[str, tuple[int, ...]]:
+def _version(mpirun: str | None, environment: Mapping[str, str], *, needed: bool) -> tuple[str, tuple[int, ...]]:
+    """What `known` makes of it; where it isn't needed, nothing for one that is not known or not there."""
+    if mpirun is None:
+        return "", ()
+    asked: dict[str, Any] = {"env": dict(environment), "stdin": subprocess.DEVNULL, "timeout": 30}
     try:
-        asked = subprocess.run(
-            [mpirun, "--version"],
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        told = subprocess.run([mpirun, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **asked).stdout
+        return known(told.decode(errors="replace"))
+    except (OSError, subprocess.TimeoutExpired, UsageError) as error:
+        if not needed:
+            return "", ()
+        if isinstance(error, UsageError):
+            raise
         reason = getattr(error, "strerror", None) or "no answer in 30 s"
         raise UsageError(f"{mpirun} --version: {reason}: expected Open MPI 4 or 5, or MPICH.") from None
-    return known(asked.stdout.decode(errors="replace"))
 
 
 def _kind(installed: Installed) -> str:
@@ -493,7 +494,7 @@ def _srun(job: _Job) -> Command:
         nodes = hostfile.write(job.hosts, "slurm")
         words += [f"--nodes={len(job.hosts)}", f"--nodelist={nodes}", f"--ntasks-per-node={slots.pop()}"]
     elif slots:
-        nodes = ",".join(f"{host.name}*{host.slots}" for host in job.hosts)
+        nodes = ",".join(name for host in job.hosts for name in [host.name] * host.slots)  # 22.05 knows no name*count
         words += ["--distribution=arbitrary", f"--nodelist={nodes}"]
     words += ["--overcommit"] if job.crowded else []
     words += [] if job.cores_per_rank is None else [f"--cpus-per-task={job.cores_per_rank}"]

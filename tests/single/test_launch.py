@@ -91,8 +91,8 @@ COMMANDS = [
         "OMPI_MCA_btl_tcp_if_include=eth0 python recipes/cnn_torch.py"
     )),
     (SRUN_MPICH, {**UNEVEN, "ranks": 8}, PATHS, (
-        "srun --ntasks=8 '--distribution=arbitrary' '--nodelist=node1*5,node2*3' --overcommit --mpi=pmi2 "
-        "--cpu-bind=none --kill-on-bad-exit=1 --chdir=/shared/train --export=PATH,VIRTUAL_ENV "
+        "srun --ntasks=8 --distribution=arbitrary --nodelist=node1,node1,node1,node1,node1,node2,node2,node2 "
+        "--overcommit --mpi=pmi2 --cpu-bind=none --kill-on-bad-exit=1 --chdir=/shared/train --export=PATH,VIRTUAL_ENV "
         "python recipes/cnn_torch.py"
     )),
     (HOROVODRUN, {**ASKED, "ranks": 9}, PATHS, (
@@ -147,7 +147,7 @@ def test_every_launcher_places_as_many_ranks(installed):
         if installed.launcher != "srun":
             assert ",".join(f"{n}:{c}" for n, c in zip("abc", counts, strict=False)) in words
         elif len(counts) > 1:
-            assert "--nodelist=" + ",".join(f"{n}*{c}" for n, c in zip("abc", counts, strict=False)) in words
+            assert "--nodelist=" + ",".join(n for n, c in zip("abc", counts, strict=False) for _ in range(c)) in words
         assert str(ranks) in words or f"--ntasks={ranks}" in words
     full = (Host("a", 2, 3), Host("c", 4, 4))
     with pytest.raises(UsageError, match=r"^-np is 8: expected at most 7, which the hosts' max_slots allow\.$"):
@@ -391,6 +391,15 @@ def test_the_readme_shows_these_commands():
     for name, installed in README.items():
         made = command(Specification(**{**TWO, "interface": "eth0"}), installed, {"PATH": "/usr/bin"})
         assert rows[name] == str(made)
+
+
+def test_other_launchers_do_without_a_known_mpirun(job, capfd):
+    pretend(job / "bin", "mpirun", "echo my own")
+    pretend(job / "bin", "srun", "true")
+    pretend(job / "bin", "horovodrun", "true")
+    for launcher, word in (("srun", "--mpi=pmix"), ("horovodrun", "--gloo")):
+        assert main(["launch", "--launcher", launcher, "-np", "1", "--dry-run", "--", "true"]) == 0
+        assert word in capfd.readouterr().out
 
 
 def test_srun_takes_the_options(tmp_path):
