@@ -39,7 +39,7 @@ TRAVELS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "KERAS_BACKEN
 TRAVELLING = ("HOROVOD_", "HVDKIT_", "NCCL_")  # beginnings of names
 LAUNCHERS = ("mpirun", "horovodrun", "srun")
 
-_SECRET = re.compile("SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|(?:^|_)KEY(?:_|$)", re.IGNORECASE)
+_SECRET = re.compile("SECRET|TOKEN|JWT|PASSW|CREDENTIAL|PRIVATE|(?:^|_)KEY(?:_|$)", re.IGNORECASE)
 # What horovodrun itself needs besides: it sends whatever it has to the other hosts, with gloo on their command lines.
 _AT_HOME = ("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "TMPDIR", "SSH_AUTH_SOCK")
 _AT_HOME_TOO = ("LC_", "OMPI_", "PMIX_", "PRTE_", "TF_CPP_", "SLURM_", "PBS_", "LSB_")
@@ -225,7 +225,7 @@ def find(launcher: str, environment: Mapping[str, str]) -> Installed:
             f"{launcher} is not on the PATH: activate its environment or load its module, or choose another."
         )
     mpirun = _program("mpirun", environment)
-    mpi, version = _version(program if launcher == "mpirun" else mpirun, environment, needed=launcher == "mpirun")
+    mpi, version = _version(mpirun, environment, needed=launcher == "mpirun")
     prefix = "/" if mpirun is None else os.path.dirname(os.path.dirname(os.path.abspath(mpirun)))
     on_path = shutil.which(launcher, path=environment.get("PATH")) is not None
     return Installed(

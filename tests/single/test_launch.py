@@ -182,11 +182,9 @@ def test_a_short_list_of_variables_travels_and_no_secret(installed):
 
 
 def test_horovodrun_keeps_what_it_needs_itself():
-    environment = dict.fromkeys(
-        (*SECRETS, "HOME", "SSH_AUTH_SOCK", "LC_ALL", "SLURM_JOB_ID", "OMPI_MCA_x", "OTHER"), ""
-    )
-    kept = command(Specification(**TWO), HOROVODRUN, environment).kept
-    assert kept == {"HOME", "SSH_AUTH_SOCK", "LC_ALL", "SLURM_JOB_ID", "OMPI_MCA_x"}
+    needed = {"HOME", "SSH_AUTH_SOCK", "LC_ALL", "SLURM_JOB_ID", "OMPI_MCA_x"}
+    environment = dict.fromkeys((*SECRETS, "SLURM_JWT", "OMPI_MCA_password", "OTHER", *needed), "")
+    assert command(Specification(**TWO), HOROVODRUN, environment).kept == needed
 
 
 REFUSED = [
@@ -403,18 +401,23 @@ def test_other_launchers_do_without_a_known_mpirun(job, capfd):
 
 
 def test_srun_takes_the_options(tmp_path):
-    """srun reads all options before it looks for a controller, which there is none of here."""
+    """srun reads all options before it asks the controller, which there is none of here."""
     srun = launch._program("srun", os.environ)
     if srun is None:
         pytest.skip("srun is not installed")
-    (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\nNodeName=node[1-2]\n")
-    given = Specification(**{**TWO, "interface": "eth0", "tag_output": True, "log_directory": "/logs"})
-    made = command(given, SRUN, {"PATH": "", "SLURM_CPUS_PER_TASK": "2"})
-    ran = subprocess.run(
-        [srun, *made.words[1:]],
-        env={**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "option" not in ran.stderr and "nvalid" not in ran.stderr, ran.stderr
+    lines = ["ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "NodeName=node[1-2]", "MessageTimeout=1"]
+    (tmp_path / "slurm.conf").write_text("\n".join(lines) + os.environ.get("HVDKIT_SLURM_CONF", "") + "\n")
+
+    def told(*words):
+        environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+        return subprocess.run([srun, *words], env=environment, capture_output=True, text=True, timeout=60).stderr
+
+    reached = "Unable to contact slurm controller"
+    if reached not in (bare := told("--ntasks=1", "true")):
+        pytest.skip(f"srun does not begin here: {bare.strip().splitlines()[-1:]}")
+    assert "unrecognized option" in told("--no-such-option", "true")
+    whole = {"interface": "eth0", "tag_output": True, "log_directory": "/logs"}
+    for wanted in ({**TWO, **whole}, {**UNEVEN, "ranks": 9}):
+        made = command(Specification(**wanted), SRUN_MPICH, {"PATH": "", "SLURM_CPUS_PER_TASK": "2"})
+        said = told(*made.words[1:])
+        assert reached in said and "option" not in said and "nvalid" not in said
