@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 
-from toolkit import checkpoint_cli, hostfile, restart, verify
+from toolkit import checkpoint_cli, hostfile, launch, restart, verify
 from toolkit.errors import UsageError
 
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
-    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint|restart|hosts")
+    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint|restart|hosts|launch")
 
     command = commands.add_parser(
         "verify",
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint_cli.add_to(commands)
     restart.add_to(commands)
     hostfile.add_to(commands)
+    launch.add_to(commands)
     return parser
 
 

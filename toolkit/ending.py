@@ -1,4 +1,4 @@
-"""What a job that ends tells `hvdkit restart`, as launchers may hide its exit code: horovodrun makes it 1."""
+"""What a job that ends tells `hvdkit restart` and `launch`, as launchers may hide its exit code: horovodrun with 1."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from types import TracebackType
 
 # Ends that are no failures of the run: a user's mistake, told to stop.
 FINAL = frozenset({2, 128 + signal.SIGINT, 128 + signal.SIGTERM})
-_FILE = "HVDKIT_EXIT_CODE_FILE"  # the environment variable that names it
+_HIDING = 1  # what horovodrun makes of any worker's exit code
+FILE = "HVDKIT_EXIT_CODE_FILE"  # the environment variable that names it, on the launcher's host
 _RECENT = 60.0  # seconds; of an elastic job a worker may have left long before the end
 
 
 def note(code: int) -> None:
     """Note with what this worker ends, where that is final and someone on this host wants to know it."""
-    if code in FINAL and _FILE in os.environ:
+    if code in FINAL and FILE in os.environ:
         with contextlib.suppress(OSError):  # another host has no such file
-            opened = os.open(os.environ[_FILE], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
+            opened = os.open(os.environ[FILE], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 os.write(opened, f"{code}\n".encode())
             finally:
@@ -34,9 +35,9 @@ class Notes:
     """
 
     def __enter__(self) -> Notes:
-        opened, self._path = tempfile.mkstemp(prefix="hvdkit-restart-")
+        opened, self._path = tempfile.mkstemp(prefix="hvdkit-exit-code-")
         os.close(opened)
-        self.environment = {_FILE: self._path}
+        self.environment = {FILE: self._path}
         return self
 
     def __exit__(
@@ -49,6 +50,10 @@ class Notes:
         """Forget all, before a start."""
         with contextlib.suppress(OSError):
             os.truncate(self._path, 0)
+
+    def unhidden(self, code: int) -> int:
+        """A command's exit code, or what a worker has noted where the launcher may have hidden that."""
+        return (self.last() if code == _HIDING else None) or code
 
     def last(self) -> int | None:
         """What a worker that has just ended has noted."""

@@ -5,23 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from toolkit import checkpoint, output
 from toolkit.claim import LOCK, PATIENCE, claim_patiently
 from toolkit.ending import FINAL, Notes
 from toolkit.errors import UsageError
+from toolkit.signals import Signals
 
 _RESUME = "--resume"
-_HIDING = 1  # what horovodrun makes of any worker's exit code
 _PAUSE = 1.0  # seconds before a start, for what the last one leaves: ports, GPU memory, a host's own restart
 
 
@@ -62,12 +58,10 @@ def run(command: Sequence[str], restarts: int) -> int:
     directory, given = _output(command), list(command)
     if _RESUME not in command and directory.exists():
         output.choose("", directory, resume=False)  # or a restart would resume what the first start refuses
-    with _Signals() as signals, Notes() as notes:
+    with Signals() as signals, Notes() as notes:
         for restart in range(1, restarts + 2):
             notes.clear()
-            code = signals.follow(given, {**os.environ, **notes.environment})
-            if code == _HIDING:
-                code = notes.last() or code
+            code = notes.unhidden(signals.follow(given, {**os.environ, **notes.environment}))
             if code in {0, *FINAL} or restart > restarts or signals.was_told_within(_PAUSE):
                 break
             _wait_for_locks(directory, signals)
@@ -80,58 +74,6 @@ def run(command: Sequence[str], restarts: int) -> int:
                 flush=True,
             )
     return code
-
-
-class _Signals:
-    """Hands on the signals that end jobs to the command that runs, as the launchers do to their workers."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen | None = None
-        self._to_hand_on: list[int] = []
-        self._told = threading.Event()
-
-    def __enter__(self) -> _Signals:
-        kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        self._before = {kind: signal.signal(kind, self._hand_on) for kind in kinds}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-    @property
-    def told(self) -> bool:
-        """Whether a signal has come."""
-        return self._told.is_set()
-
-    def was_told_within(self, seconds: float) -> bool:
-        """Whether a signal has come by then."""
-        end = time.monotonic() + seconds
-        while not self.told and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 0.1))
-        return self.told
-
-    def follow(self, command: list[str], environment: Mapping[str, str]) -> int:
-        """Run a command to its end; its exit code, as a shell gives it."""
-        try:
-            # A session of its own: a terminal's Ctrl-C would reach it twice, and a second signal ends at once.
-            self._process = subprocess.Popen(command, env=environment, start_new_session=True)
-        except OSError as error:
-            raise UsageError(f"{command[0]} can't be run ({error.strerror}): give a command that runs.") from None
-        self._send()
-        code = self._process.wait()
-        self._process = None
-        return 128 - code if code < 0 else code
-
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self._told.set()
-        self._to_hand_on.append(number)
-        self._send()
-
-    def _send(self) -> None:
-        """Hand on what has come; what comes while the command is being started waits until it is."""
-        while self._process is not None and self._to_hand_on:
-            self._process.send_signal(self._to_hand_on.pop(0))
 
 
 def _output(command: Sequence[str]) -> Path:
@@ -150,7 +92,7 @@ def _output(command: Sequence[str]) -> Path:
     return Path(given)
 
 
-def _wait_for_locks(directory: Path, signals: _Signals) -> None:
+def _wait_for_locks(directory: Path, signals: Signals) -> None:
     """Wait for what the last start left: orphans that are about to end, and on NFS a dead host's lock."""
     end = time.monotonic() + PATIENCE
     for place in (directory, *directory.glob("fold-*")):

@@ -1,0 +1,68 @@
+"""Run a command that the signals which end jobs reach."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from toolkit.errors import UsageError
+
+
+class Signals:
+    """Hands on the signals that end jobs to the command that runs, as the launchers do to their workers."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._to_hand_on: list[int] = []
+        self._told = threading.Event()
+
+    def __enter__(self) -> Signals:
+        kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self._before = {kind: signal.signal(kind, self._hand_on) for kind in kinds}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    @property
+    def told(self) -> bool:
+        """Whether a signal has come."""
+        return self._told.is_set()
+
+    def was_told_within(self, seconds: float) -> bool:
+        """Whether a signal has come by then."""
+        end = time.monotonic() + seconds
+        while not self.told and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        return self.told
+
+    def follow(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Run a command to its end; its exit code, as a shell gives it.
+
+        Raises:
+            UsageError: it can't be started.
+        """
+        try:
+            # A session of its own: a terminal's Ctrl-C would reach it twice, and a second signal ends at once.
+            self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+        except OSError as error:
+            raise UsageError(f"{command[0]} can't be run ({error.strerror}): give a command that runs.") from None
+        self._send()
+        code = self._process.wait()
+        self._process = None
+        return 128 - code if code < 0 else code
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        self._told.set()
+        self._to_hand_on.append(number)
+        self._send()
+
+    def _send(self) -> None:
+        """Hand on what has come; what comes while the command is being started waits until it is."""
+        while self._process is not None and self._to_hand_on:
+            self._process.send_signal(self._to_hand_on.pop(0))
