@@ -115,8 +115,6 @@ class Agreement:
         if not troubled:
             return
         if self._on_nan == "stop":
-            raise RunFailed(
-                f"{troubled[0]}: look at the data and the learning rate, or leave out steps of such gradients with "
-                "--on-nan skip."
-            )
+            skip = ", or leave out steps of such gradients with --on-nan skip" if left_out else ""
+            raise RunFailed(f"{troubled[0]}: look at the data and the learning rate{skip}.")
         self._warn(f"warning: {troubled[0]}: {'step left out' if left_out else 'its gradients were finite'}")

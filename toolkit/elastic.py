@@ -236,7 +236,7 @@ class _Lookout(threading.Thread):
         except OSError as error:
             return f"step {step} could not be saved: {checkpoint.reason(error)}"
         command = resume_command(commit.path, self.world.size)
-        return f"step {step} is saved; unless the others go on, to go on: {command}"
+        return f"step {step} is saved; where no others go on with it, to go on: {command}"
 
 
 _current: list[Membership] = []  # of the fit() that runs in this process, for its Run

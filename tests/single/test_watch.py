@@ -235,7 +235,7 @@ def test_a_worker_that_is_lost_is_named_but_not_one_that_said_goodbye(hub):
     reached[1].close()
     until(lambda: hub.ends)
     assert hub.ends[0].rank == 2
-    assert hub.ends[0].cause.startswith("ended without a word when training at step 3: killed")
+    assert hub.ends[0].cause.startswith("ended without a word, last heard of when training at step 3: killed")
 
 
 def test_stacks_are_of_the_main_thread_first():

@@ -133,7 +133,8 @@ class Hub(Watch):
         # One that has not met the welcome in time calls again.
         if not member.left and member.met:
             more = why_killed(self._oom) if member.host == self.me.host else ""
-            cause = f"ended without a word{when(member)}: killed (kill -9, or out of memory) or crashed{more}."
+            last = f", last heard of{when(member)}" if member.doing else ""
+            cause = f"ended without a word{last}: killed (kill -9, or out of memory) or crashed{more}."
             self._gone.append((member, cause))  # for `look`, when all that has come is read
 
     def beat_now(self, now: float) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from toolkit import ending
 from toolkit.watching.diagnosis import go_on
 from toolkit.watching.lines import Line
-from toolkit.watching.verdict import Verdict, leave, mute, say
+from toolkit.watching.verdict import FILE, Verdict, leave, mute, say
 from toolkit.world import World
 
 BEAT = 1.0  # seconds between two signs of life of a worker, for up to 128 of them
@@ -265,8 +265,14 @@ class Watch(threading.Thread):
 
     def report(self, verdict: Verdict, directory: str = "") -> None:
         """Print the verdict and write its file."""
-        say(verdict.text)
-        verdict.write(Path(directory) if directory else None, Here.directory)
+        place = Path(directory) if directory else Here.directory
+        more = (
+            f"--resume goes on from the run's last checkpoint; more in {place / FILE}\n"
+            if place and verdict.kept
+            else ""
+        )
+        say(verdict.text + more)
+        verdict.write(place, Here.directory)
         mute()
 
     def wake(self, member: Member) -> None:
