@@ -88,11 +88,11 @@ def _stop(drill: Drill, command: list[str], work: Path, launcher: str, number: i
         text = printed.read()
     drill.times += 1
     drill.lost_steps.append(0 if _is_told(text, work) else -1)
-    # A launcher that gets the signal itself answers by a code of its own.
-    codes = (128 + number,) if rank is not None and "horovodrun" not in launcher else range(1, 256)
+    # A launcher that gets the signal itself answers by a code of its own, or by the signal.
+    right = code == 128 + number if rank is not None and "horovodrun" not in launcher else code != 0
     told = text.count("; to go on: ")
     begun, newest = begun_at(text), newest_step(work)
-    if left or code not in codes or told != 1 or begun != before or newest <= before or not _is_told(text, work):
+    if left or not right or told != 1 or begun != before or newest <= before or not _is_told(text, work):
         where = "the launcher" if rank is None else "a rank"
         found = f"{where}: exit code {code}; left: {left}; told {told} times; newest {newest} after {before}"
         drill.failures.append(f"{found}; went on from {begun}; {text[-800:]}")
