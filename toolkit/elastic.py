@@ -15,7 +15,6 @@ import gc
 import itertools
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -278,7 +277,7 @@ def _call(membership: Membership, fit: Callable[..., T], world: World, options: 
                 if not membership.outlives(error):
                     raise
                 lookout.hold()
-                print(f"[{world.name}] {_told(error)}", file=sys.stderr, flush=True)
+                say(f"[{world.name}] {_told(error)}\n")
             # Out here, where nothing holds the error's frames.
             world = _joined["world"] = membership.join_again(options)
             Here.doing, Here.waiting = "", ("", 0.0)

@@ -32,8 +32,8 @@ from typing import Any
 from toolkit import hostfile
 from toolkit.ending import FILE, Notes
 from toolkit.errors import UsageError
+from toolkit.forwarding import ForwardedSignals
 from toolkit.hostfile import Host
-from toolkit.signals import Signals
 
 TRAVELS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "KERAS_BACKEND", "OMP_NUM_THREADS")
 TRAVELLING = ("HOROVOD_", "HVDKIT_", "NCCL_")  # beginnings of names
@@ -276,7 +276,7 @@ def run(made: Command, log_directory: str | None = None) -> int:
                 f"--log-dir {log_directory}: {error.strerror}: name a directory that can be made."
             ) from None
     kept = {name: value for name, value in os.environ.items() if made.kept is None or name in made.kept}
-    with Signals() as signals, Notes() as notes:
+    with ForwardedSignals() as signals, Notes() as notes:
         return notes.unhidden(signals.follow(made.words, {**kept, **made.environment, **notes.environment}))
 
 

@@ -15,7 +15,7 @@ from toolkit import checkpoint, output
 from toolkit.claim import LOCK, PATIENCE, claim_patiently
 from toolkit.ending import FINAL, Notes
 from toolkit.errors import UsageError
-from toolkit.signals import Signals
+from toolkit.forwarding import ForwardedSignals
 
 _RESUME = "--resume"
 _PAUSE = 1.0  # seconds before a start, for what the last one leaves: ports, GPU memory, a host's own restart
@@ -58,7 +58,7 @@ def run(command: Sequence[str], restarts: int) -> int:
     directory, given = _output(command), list(command)
     if _RESUME not in command and directory.exists():
         output.choose("", directory, resume=False)  # or a restart would resume what the first start refuses
-    with Signals() as signals, Notes() as notes:
+    with ForwardedSignals() as signals, Notes() as notes:
         for restart in range(1, restarts + 2):
             notes.clear()
             code = notes.unhidden(signals.follow(given, {**os.environ, **notes.environment}))
@@ -92,7 +92,7 @@ def _output(command: Sequence[str]) -> Path:
     return Path(given)
 
 
-def _wait_for_locks(directory: Path, signals: Signals) -> None:
+def _wait_for_locks(directory: Path, signals: ForwardedSignals) -> None:
     """Wait for what the last start left: orphans that are about to end, and on NFS a dead host's lock."""
     end = time.monotonic() + PATIENCE
     for place in (directory, *directory.glob("fold-*")):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.launching import BIN, ROOT, WORKERS, clean_environment, launch
 from toolkit import checkpoint, ending
-from toolkit.signals import Signals
+from toolkit.forwarding import ForwardedSignals
 
 RECIPE = ROOT / "recipes" / "linear_regression_torch.py"
 OPTIONS = ["--epochs", "6", "--global-batch-size", "64", "--checkpoint-every", "2"]
@@ -145,7 +145,7 @@ def test_a_signal_while_the_command_is_being_started_is_handed_on(monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", told_meanwhile)
     began = time.monotonic()
-    with Signals() as signals:
+    with ForwardedSignals() as signals:
         assert signals.follow(["sleep", "60"], os.environ) == 143
     assert time.monotonic() - began < 30 and signals.told
 

@@ -100,7 +100,13 @@ def is_consequence(error: BaseException | None) -> bool:
 
 
 def say(text: str) -> None:
-    """Write to standard error past Python's buffer, whose lock a stuck main thread may hold."""
+    """Write to standard error past Python's buffer, whose lock a stuck main thread may hold.
+
+    For threads that tell of the main thread's trouble; `toolkit.progress.say` is for all else.
+
+    Args:
+        text: whole lines.
+    """
     if sys.stdout is not None and sys.stdout.isatty() and _has_terminal():  # mpirun's pipes are terminals too
         text = "\n".join(line.ljust(_WIDTH) for line in text.split("\n")[:-1]) + "\n"
     data = text.encode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Run a command that the signals which end jobs reach."""
+"""Run a launch command, and hand on to it the signals that end jobs; workers take them in `toolkit.stopping`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 from toolkit.errors import UsageError
 
 
-class Signals:
+class ForwardedSignals:
     """Hands on the signals that end jobs to the command that runs, as the launchers do to their workers."""
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Signals:
         self._to_hand_on: list[int] = []
         self._told = threading.Event()
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> ForwardedSignals:
         kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._before = {kind: signal.signal(kind, self._hand_on) for kind in kinds}
         return self
