@@ -50,7 +50,8 @@ class Ended:
             found.append(f"took {self.seconds:.1f} s, not {limit:g}")
         if words not in self.verdict:
             found.append(f"no {words!r} of rank {self.rank}: {self.stderr[-1500:]}")
-        found += [f"an error that is a consequence was shown: {text}" for text in SECONDARY if text in self.stderr]
+        others = [line for line in self.stderr.splitlines() if not line.startswith(f"[rank {self.rank} on {HOST}]")]
+        found += [f"a consequence was shown: {line}" for line in others if any(text in line for text in SECONDARY)]
         return found
 
 

@@ -24,7 +24,7 @@ from toolkit.watching.hub import Hub
 from toolkit.watching.lines import ANSWER, addresses, cut, listen
 from toolkit.watching.member import ALL_GROUPS, LAST, SHARED, Here, Member, Watch, failure, when
 from toolkit.watching.spoke import Spoke
-from toolkit.watching.verdict import FILE, is_consequence, leave, say
+from toolkit.watching.verdict import FILE, in_one_line, is_consequence, leave, say
 from toolkit.world import World
 
 LEAVING = "the job's end"  # what a worker waits for that leaves: Horovod's shutdown, and MPI's, need all
@@ -164,7 +164,7 @@ def fail(error: BaseException, trace: str) -> None:
     name = f"[{here.name}] "
     kind = type(error).__name__
     text = cut(str(error), LONGEST)
-    summary = cut(f"{kind}: {text}".split("\n")[0].removesuffix(": "), _CAUSE)
+    summary = cut(in_one_line(kind, text), _CAUSE)
     told: dict[str, Any] = {"kind": "failure", "cause": f"failed{when(Here)}: {summary}"}
     told |= {"exception": f"{kind}: {text}", "traceback": cut(trace, LONGEST), "code": 1}
     if isinstance(error, UsageError | RunFailed):

@@ -22,7 +22,7 @@ from toolkit.watching import member as member_module
 from toolkit.watching import verdict as verdict_module
 from toolkit.watching.hub import Hub
 from toolkit.watching.member import ALL_GROUPS, LAST, Here, Member, deputies
-from toolkit.watching.verdict import Verdict, is_consequence
+from toolkit.watching.verdict import Verdict, in_one_line, is_consequence
 from toolkit.world import World
 
 SHUT_DOWN = "Horovod has been shut down. This was caused by an exception on one of the ranks"
@@ -57,6 +57,31 @@ def chained(error, cause=None, context=None):
 )
 def test_consequences_of_anothers_end_are_told_from_failures(error, expected):
     assert is_consequence(error) is expected
+
+
+FROM_A_GRAPH = """Graph execution error:
+
+Detected at node PyFunc defined at (most recent call last):
+<stack traces unavailable>
+{}
+
+\t [[{{{{node PyFunc}}}}]]
+\t [[IteratorGetNext]] [Op:__inference_multi_step_on_iterator_192]"""
+RAISED_IN_PYTHON = "OSError: the disk is gone\nTraceback (most recent call last):\n\n  File, in g\n\nOSError: the disk is gone"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the loss is gone\nreally", "UnknownError: the loss is gone"),
+        ("", "UnknownError"),
+        (FROM_A_GRAPH.format(RAISED_IN_PYTHON), "OSError: the disk is gone"),
+        (FROM_A_GRAPH.format("bad : Tensor had NaN values"), "UnknownError: bad : Tensor had NaN values"),
+        ("Graph execution error:", "UnknownError: Graph execution error:"),
+    ],
+)
+def test_the_one_line_says_what_went_wrong_rather_than_where(text, expected):
+    assert in_one_line("UnknownError", text) == expected
 
 
 def test_an_endless_chain_of_errors_ends():

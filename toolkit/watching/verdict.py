@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -97,6 +98,18 @@ def is_consequence(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def in_one_line(kind: str, text: str) -> str:
+    """What an exception of this type and text says, in its first line.
+
+    TensorFlow's of a compiled function begin with where it was, and hold what a Python function in it raised,
+    such as one that loads data: there it is the last line that is not indented, before the nodes' names.
+    """
+    if text.startswith("Graph execution error:"):
+        lines = [line for line in text.split("\n\t [[")[0].split("\n") if line[:1].strip()]
+        return lines[-1] if re.match(r"[\w.]+: ", lines[-1]) else f"{kind}: {lines[-1]}"
+    return f"{kind}: {text}".split("\n")[0].removesuffix(": ")
 
 
 def say(text: str) -> None:
