@@ -52,6 +52,7 @@ _FREE_OPTIONS = [
     "no_tuning",
     "verbose",
 ]
+_HOPELESS = 10  # steps left out in a row that end a run, where its epochs are no longer
 _LAST_WRITE = 5.0  # seconds that an exception waits for the checkpoint that is being written
 Item = TypeVar("Item")
 
@@ -155,6 +156,7 @@ class Run:
         # Torch's has a flush(), as it holds a step's passes back; Keras' takes each as a step of its own.
         if options.on_nan == "skip" and passes > 1 and not hasattr(optimizer, "flush"):
             raise UsageError("--on-nan skip: Keras' optimizers can't leave a step of several passes out: give stop.")
+        self._left_out = 0  # steps in a row, up to the last one
         self._statistics: dict[str, np.ndarray] | None = None  # from before the coming step, where they are kept
         self._claim: Claim | None = None  # rank 0's, on the output directory
         self._metrics: output.Metrics | None = None  # rank 0's
@@ -332,6 +334,7 @@ class Run:
         self._rows.append({**row, "skipped": True} if left_out else row)
         self._losses = []
         self._keep_statistics(put_back=left_out)
+        self._give_up_unless_finite(left_out)
         self.progress.advance(self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
             self._flush()
@@ -351,6 +354,16 @@ class Run:
 
     def _row(self, step: int) -> dict[str, Any]:
         return {"epoch": self.epoch + 1, "step": step, "learning_rate": self.learning_rate(), "loss": self._losses}
+
+    def _give_up_unless_finite(self, left_out: bool) -> None:
+        """With `--on-nan skip`: end a run that has come to leave out every step, which trains nothing any more."""
+        self._left_out = self._left_out + 1 if left_out else 0
+        if self._left_out >= max(_HOPELESS, self.sharding.steps_per_epoch):
+            self._flush()
+            raise RunFailed(
+                f"--on-nan skip: the last {self._left_out} steps were all left out, as their gradients were not finite: "
+                "look at the data and the learning rate."
+            )
 
     def _keep_statistics(self, put_back: bool = False) -> None:
         """With `--on-nan skip`: keep BatchNorm's statistics, or put back those from before a step that is left out.

@@ -30,7 +30,7 @@ BAD_SAMPLE = list(Sharding(len(X), BATCH, 1, 0).parts(BAD_EPOCH, 0))[1].indices[
 
 class Case:
     """What goes wrong in one run: `gradient` or `loss` at the bad sample, or `stop` by its rank after it, or nothing;
-    `last loss` or `every loss` of the bad epoch, on the bad rank; or `overflow`: of what travels as fp16, while each
+    `last loss` or `every loss` of the bad epoch, on the bad rank; `every gradient` from that epoch on; or `overflow`: of what travels as fp16, while each
     rank's gradients are finite."""
 
     what = ""
@@ -40,6 +40,8 @@ def spoilt(batch):
     x = batch.x.copy()
     if Case.what == "gradient" and batch.epoch == BAD_EPOCH:
         x[batch.indices == BAD_SAMPLE] = np.inf
+    if Case.what == "every gradient" and batch.epoch >= BAD_EPOCH:
+        x[:] = np.inf
     return x
 
 
@@ -233,6 +235,17 @@ if framework != "keras":
     if world.rank == 0:
         losses = [row["train_loss"] for row in read_metrics(base / "every", "epoch")]
         assert losses[1] is None and losses[0] and losses[2], losses
+
+Case.what = "every gradient"
+try:
+    train(replace(options, on_nan="skip", epochs=100, output=base / "hopeless"))
+    raise AssertionError("trained on")
+except RunFailed as error:
+    assert "the last 10 steps were all left out" in str(error), error
+if world.rank == 0:
+    rows = read_metrics(base / "hopeless", "step")
+    steps = len(X) // BATCH
+    assert [row.get("skipped", False) for row in rows] == [False] * steps + [True] * 10, rows
 
 if framework == "torch":
     Case.what = "overflow"
