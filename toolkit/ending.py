@@ -11,7 +11,7 @@ from types import TracebackType
 
 # Ends that are no failures of the run: a user's mistake, told to stop.
 FINAL = frozenset({2, 128 + signal.SIGINT, 128 + signal.SIGTERM})
-_HIDING = 1  # what horovodrun makes of any worker's exit code
+HIDING = 1  # what horovodrun makes of any worker's exit code
 FILE = "HVDKIT_EXIT_CODE_FILE"  # the environment variable that names it, on the launcher's host
 _RECENT = 60.0  # seconds; of an elastic job a worker may have left long before the end
 
@@ -53,7 +53,7 @@ class Notes:
 
     def unhidden(self, code: int) -> int:
         """A command's exit code, or what a worker has noted where the launcher may have hidden that."""
-        return (self.last() if code == _HIDING else None) or code
+        return (self.last() if code == HIDING else None) or code
 
     def last(self) -> int | None:
         """What a worker that has just ended has noted."""

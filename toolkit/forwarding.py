@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from toolkit.ending import HIDING
 from toolkit.errors import UsageError
 
 
@@ -18,7 +18,7 @@ class ForwardedSignals:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
         self._to_hand_on: list[int] = []
-        self._told = threading.Event()
+        self.number: int | None = None  # of the last signal that has come
 
     def __enter__(self) -> ForwardedSignals:
         kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -32,7 +32,7 @@ class ForwardedSignals:
     @property
     def told(self) -> bool:
         """Whether a signal has come."""
-        return self._told.is_set()
+        return self.number is not None
 
     def was_told_within(self, seconds: float) -> bool:
         """Whether a signal has come by then."""
@@ -43,6 +43,9 @@ class ForwardedSignals:
 
     def follow(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a command to its end; its exit code, as a shell gives it.
+
+        Launchers that are told to end may give 1, and kill workers before these can note more: that is then made
+        128 and the signal's number.
 
         Raises:
             UsageError: it can't be started.
@@ -55,10 +58,12 @@ class ForwardedSignals:
         self._send()
         code = self._process.wait()
         self._process = None
+        if code == HIDING and self.number is not None:
+            return 128 + self.number
         return 128 - code if code < 0 else code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self._told.set()
+        self.number = number
         self._to_hand_on.append(number)
         self._send()
 

@@ -361,8 +361,8 @@ class Run:
         if self._left_out >= max(_HOPELESS, self.sharding.steps_per_epoch):
             self._flush()
             raise RunFailed(
-                f"--on-nan skip: the last {self._left_out} steps were all left out, as their gradients were not finite: "
-                "look at the data and the learning rate."
+                f"--on-nan skip: the last {self._left_out} steps were all left out, as their gradients were not "
+                "finite: look at the data and the learning rate."
             )
 
     def _keep_statistics(self, put_back: bool = False) -> None:

@@ -67,7 +67,9 @@ Detected at node PyFunc defined at (most recent call last):
 
 \t [[{{{{node PyFunc}}}}]]
 \t [[IteratorGetNext]] [Op:__inference_multi_step_on_iterator_192]"""
-RAISED_IN_PYTHON = "OSError: the disk is gone\nTraceback (most recent call last):\n\n  File, in g\n\nOSError: the disk is gone"
+RAISED_IN_PYTHON = (
+    "OSError: the disk is gone\nTraceback (most recent call last):\n\n  File, in g\n\nOSError: the disk is gone"
+)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ BAD_SAMPLE = list(Sharding(len(X), BATCH, 1, 0).parts(BAD_EPOCH, 0))[1].indices[
 
 class Case:
     """What goes wrong in one run: `gradient` or `loss` at the bad sample, or `stop` by its rank after it, or nothing;
-    `last loss` or `every loss` of the bad epoch, on the bad rank; `every gradient` from that epoch on; or `overflow`: of what travels as fp16, while each
-    rank's gradients are finite."""
+    `last loss` or `every loss` of the bad epoch, on the bad rank; `every gradient` from that epoch on; or `overflow`:
+    of what travels as fp16, while each rank's gradients are finite."""
 
     what = ""
 
