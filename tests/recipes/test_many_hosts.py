@@ -150,6 +150,18 @@ def test_hvdkit_has_the_options(line):
     assert path is None or (ROOT / path).is_file()
 
 
+def test_what_the_commands_of_ssh_hosts_say():
+    (check,) = (shlex.split(line) for line in COMMANDS if line.startswith("hvdkit hosts "))
+    printed, code = run(ROOT, *check)
+    assert code == 0 and printed.split()[-5:] == ["total", "10", "on", "3", "hosts"]
+    (given,) = (shlex.split(line) for line in COMMANDS if "--hostfile" in line and line.startswith("hvdkit launch "))
+    printed, code = run(ROOT, *given[:2], "--dry-run", *given[2:])
+    words = shlex.split(printed)
+    assert code == 0 and words[:5] == ["mpirun", "-np", "10", "-H", "node1:4,node2:4,node3:2"]
+    assert words[-4:] == ["python", "recipes/cnn_torch.py", "--output", "/shared/runs/1"]
+    assert f"{ROOT}/logs/1" in words and not (ROOT / "logs").exists()
+
+
 def test_the_guide_has_the_commands():
     assert [line.split()[1] for line in COMMANDS] == ["hosts", "doctor", "launch", "launch", "launch"]
 
