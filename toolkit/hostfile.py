@@ -21,6 +21,7 @@ import ipaddress
 import itertools
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from toolkit.errors import UsageError
 MOST_HOSTS = 65_536  # as in Slurm
 MOST_SLOTS = 10_000  # of a host
 MOST_BYTES = 4 << 20  # of a file
+MOST_MISTAKES = 20  # that are told of a file
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
@@ -48,6 +50,17 @@ _NO_HOSTS = {
     "rank": "begins a line of a rank file: give a hostfile, a line a host",
 }
 _EXPECTED = "expected slots=N, max_slots=N or user=NAME"
+
+
+class HostfileError(UsageError):
+    """Lines of a hostfile can't be used.
+
+    Its text is the first mistake's line alone; `mistakes` has a line for each, `MOST_MISTAKES` at most.
+    """
+
+    def __init__(self, mistakes: Iterable[str]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__(self.mistakes[0])
 
 
 @dataclass(frozen=True)
@@ -121,21 +134,25 @@ def parse(content: bytes, source: str) -> list[Host]:
         source: the file's name, for errors.
 
     Raises:
-        UsageError: a line is not of a hostfile; names file and line, what was found and what was expected.
+        HostfileError: lines are not of a hostfile; names file and line, what was found and what was expected.
+        UsageError: it is too long, or names no host.
     """
     source = _plain(source)
     if len(content) > MOST_BYTES:
         raise UsageError(f"{source}: has more than {MOST_BYTES} bytes: expected a hostfile.")
     lines = content.decode("utf-8-sig", "surrogateescape").split("\n")
     hosts = _Hosts()
+    mistakes: list[str] = []
     for line, times in Counter(lines).items():  # a node file repeats a host's line for each of its slots
         text = re.split("#|//", line, maxsplit=1)[0].strip(" \t\f\v\r")
-        if text:
+        if text and len(mistakes) < MOST_MISTAKES:
             try:
                 host = _host(text)
                 hosts.add(replace(host, slots=host.slots * times) if times > 1 else host)
             except UsageError as error:
-                raise UsageError(f"{source}:{lines.index(line) + 1}: {error}") from None
+                mistakes.append(f"{source}:{lines.index(line) + 1}: {error}")
+    if mistakes:
+        raise HostfileError(mistakes)
     return hosts.found(source)
 
 
@@ -187,6 +204,26 @@ def write(hosts: Iterable[Host], syntax: str) -> str:
     return _SYNTAXES[syntax](list(hosts))
 
 
+def left_out(hosts: Iterable[Host], syntax: str) -> list[str]:
+    """What a program's own syntax has no place for, of these hosts; a line each, with what to do.
+
+    Args:
+        hosts: at least one.
+        syntax: as for `write`.
+    """
+    hosts = list(hosts)
+    slots, notes = {host.slots for host in hosts}, []
+    if syntax == "slurm" and len(slots) == 1:
+        counts = f"--ntasks={sum(host.slots for host in hosts)} --ntasks-per-node={slots.pop()}"
+        notes.append(f"Slurm's node list has no place for slots: give srun {counts} too.")
+    elif syntax == "slurm":
+        does = "`hvdkit launch --launcher srun` tells srun of them"
+        notes.append(f"Slurm's node list has no place for slots, which differ between these hosts: {does}.")
+    if syntax != "openmpi" and any(host.max_slots for host in hosts):
+        notes.append(f"{syntax} has no place for max_slots: start no more workers on a host than it allows.")
+    return notes
+
+
 def add_to(commands: Any) -> None:
     """Add the command `hosts` to what `argparse.ArgumentParser.add_subparsers` gave."""
     text = "check a hostfile, or the hosts of a Slurm, PBS or LSF job, and convert them"
@@ -199,8 +236,17 @@ def add_to(commands: Any) -> None:
 
 
 def _command(options: argparse.Namespace) -> int:
-    hosts = from_environment(os.environ) if options.from_env else read(options.file)
+    try:
+        hosts = from_environment(os.environ) if options.from_env else read(options.file)
+    except HostfileError as error:
+        for mistake in error.mistakes:
+            print(f"error: {mistake}", file=sys.stderr)
+        if len(error.mistakes) == MOST_MISTAKES:
+            print(f"error: these are {MOST_MISTAKES} mistakes: the lines after them were not read.", file=sys.stderr)
+        return 2
     print(write(hosts, options.format) if options.format else _table(hosts))
+    for note in left_out(hosts, options.format) if options.format else ():
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 
@@ -223,7 +269,7 @@ class _Hosts:
     def add(self, host: Host) -> None:
         known = self._hosts.get(host.name)
         self._hosts[host.name] = host if known is None else known.plus(host)
-        if len(self._hosts) > MOST_HOSTS:
+        if known is None and len(self._hosts) == MOST_HOSTS + 1:
             raise UsageError(f"{host.name} is one more than the {MOST_HOSTS} hosts that are expected at most.")
 
     def found(self, source: str) -> list[Host]:
@@ -237,6 +283,8 @@ def _located(place: str) -> Iterator[None]:
     """Say where a mistake is."""
     try:
         yield
+    except HostfileError as error:
+        raise HostfileError(f"{place}: {mistake}" for mistake in error.mistakes) from None
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from None
 

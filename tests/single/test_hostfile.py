@@ -452,7 +452,33 @@ def test_table(path, capsys, monkeypatch):
     ],
 )
 def test_formats(syntax, printed, path, capsys):
-    assert hvdkit(capsys, path, "--format", syntax) == (0, printed, "")
+    code, out, err = hvdkit(capsys, path, "--format", syntax)
+    assert (code, out) == (0, printed)
+    lost = (
+        ["slots, which differ between these hosts: `hvdkit launch --launcher srun`"] if syntax == "slurm" else []
+    ) + (["max_slots: start no more workers"] if syntax != "openmpi" else [])
+    assert len(err.splitlines()) == len(lost)
+    for line, words in zip(err.splitlines(), lost, strict=True):
+        assert line.startswith("note: ") and f" has no place for {words}" in line
+
+
+COUNTS = "Slurm's node list has no place for slots: give srun --ntasks=8 --ntasks-per-node=4 too."
+LIMITS = "has no place for max_slots: start no more workers on a host than it allows."
+
+
+@pytest.mark.parametrize(
+    ("hosts", "syntax", "said"),
+    [
+        ("a:4\nb:4\n", "slurm", f"note: {COUNTS}\n"),
+        ("a:4\nb:4\n", "mpich", ""),
+        ("a:4\nb:4\n", "horovodrun", ""),
+        ("a:4\nb:4 max_slots=5\n", "openmpi", ""),
+        ("a:4\nb:4 max_slots=5\n", "mpich", f"note: mpich {LIMITS}\n"),
+    ],
+)
+def test_what_a_format_leaves_out_is_told(hosts, syntax, said, path, capsys):
+    path.write_text(hosts)
+    assert hvdkit(capsys, path, "--format", syntax)[2] == said
 
 
 def test_mistakes_are_one_line_and_exit_code_2(path, tmp_path, capsys):
@@ -465,6 +491,42 @@ def test_mistakes_are_one_line_and_exit_code_2(path, tmp_path, capsys):
     assert hvdkit(capsys, strange) == (2, "", f"error: {str(strange)!r}: {said}\n")
     said = "has more than 4194304 bytes: expected a hostfile."
     assert hvdkit(capsys, "/dev/zero") == (2, "", f"error: /dev/zero: {said}\n")
+
+
+def test_every_mistake_of_a_file_is_told(path, capsys, monkeypatch):
+    path.write_text("node1 slot=4\nnode2 slots=2\nnode3 slots=0\nnode1 slot=4\nnode2 slots=9999\n")
+    code, out, err = hvdkit(capsys, path)
+    assert (code, out) == (2, "")
+    assert [line.split(": ")[:3] for line in err.splitlines()] == [
+        ["error", f"{path}:1", "'slot' is no setting of a host that is known here"],
+        ["error", f"{path}:3", "node3 has 0 slots"],
+        ["error", f"{path}:5", "node2 has 10001 slots"],
+    ]
+    monkeypatch.setenv("PBS_NODEFILE", str(path))
+    for name in ("SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    code, out, err = hvdkit(capsys, "--from-env")
+    assert code == 2 and [line.split(": ")[1:3] for line in err.splitlines()] == [
+        ["PBS_NODEFILE", f"{path}:{line}"] for line in (1, 3, 5)
+    ]
+    with pytest.raises(UsageError) as refused:
+        hostfile.read(path)
+    assert "\n" not in str(refused.value) and str(refused.value).startswith(f"{path}:1: 'slot' is no setting")
+
+
+@pytest.mark.parametrize("many", [20, 21, 5000])
+def test_mistakes_beyond_a_number_are_not_told(many, path, capsys):
+    path.write_text("".join(f"n{i} slots=0\n" for i in range(many)))
+    code, _, err = hvdkit(capsys, path)
+    *told, last = err.splitlines()
+    assert code == 2 and [line.split(": ")[1] for line in told] == [f"{path}:{i + 1}" for i in range(20)]
+    assert last == "error: these are 20 mistakes: the lines after them were not read."
+
+
+def test_too_many_hosts_are_told_once(path, capsys):
+    path.write_text("".join(f"n{i}\n" for i in range(65_540)))
+    code, _, err = hvdkit(capsys, path)
+    assert code == 2 and err.count("\n") == 1 and err.startswith(f"error: {path}:65537: n65536 is one more than")
 
 
 @pytest.mark.parametrize(

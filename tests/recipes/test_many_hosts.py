@@ -1,0 +1,173 @@
+"""The scripts and commands of the README's "From one machine to many": read by bash, by sbatch, by hvdkit, and run."""
+
+import os
+import re
+import shlex
+import subprocess
+import uuid
+
+import pytest
+import yaml
+
+from tests.launching import BIN, MARK, ROOT, clean_environment, kill_marked
+from toolkit import cli, launch
+
+GUIDE = re.search(r"\n## From one machine to many\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+SLURM, PBS = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
+COMMANDS = re.findall(r"^(?:    )?(hvdkit .*)$", GUIDE, re.MULTILINE)
+NODES = "node1\n" * 4 + "node2\n" * 4
+DRY = """hvdkit() { command hvdkit "$1" --dry-run "${@:2}"; }; export -f hvdkit; exec bash script"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A directory as a site's users have it: the recipes, and an environment to activate; srun is only looked for."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={shlex.quote(f'{tmp_path}/site:{BIN}')}:$PATH\n")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "srun").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "site" / "srun").chmod(0o755)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    return tmp_path
+
+
+def run(site, *command, environment=None):
+    """What a command prints in the site's directory, and its exit code; no process of it is left."""
+    mark = uuid.uuid4().hex
+    full = {k: v for k, v in clean_environment().items() if not k.startswith(("SLURM_", "PBS_", "LSB_"))}
+    try:
+        result = subprocess.run(
+            command,
+            cwd=site,
+            env={**full, **(environment or {}), MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+    finally:
+        left = kill_marked(mark, grace=10)
+    assert not left
+    return result.stdout, result.returncode
+
+
+def dry(site, script, environment):
+    """The command that a job's script would launch."""
+    (site / "script").write_text(script)
+    printed, code = run(site, "bash", "-c", DRY, environment=environment)
+    assert code == 0, printed
+    return shlex.split(printed)
+
+
+TRAINS = ["python", "recipes/cnn_torch.py", "--output", "runs/cnn", "--resume"]
+
+
+@pytest.mark.parametrize("script", [SLURM, PBS], ids=["Slurm", "PBS"])
+def test_bash_reads_the_scripts(script, tmp_path):
+    (tmp_path / "script").write_text(script)
+    assert run(tmp_path, "bash", "-n", "script") == ("", 0)
+    assert script.startswith("#!/bin/bash\n#")  # else its directives are comments
+
+
+def test_what_the_slurm_script_launches(site):
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "2"}
+    words = dry(site, SLURM, job)
+    expected = ["srun", "--ntasks=8", "--nodes=2", "--nodelist=node[1-2]", "--ntasks-per-node=4", "--cpus-per-task=2"]
+    assert words[:6] == expected and words[-5:] == TRAINS and f"--chdir={site}" in words
+    without = dry(site, SLURM.replace("--launcher srun ", ""), job)
+    assert without[:5] == ["mpirun", "-np", "8", "-H", "node1:4,node2:4"]
+
+
+def test_what_the_pbs_script_launches(site):
+    (site / "nodes").write_text(NODES)
+    (site / "home").mkdir()
+    script = f"cd home\n{PBS}"  # as PBS starts it, not where it was submitted
+    words = dry(site, script, {"PBS_NODEFILE": str(site / "nodes"), "PBS_O_WORKDIR": str(site)})
+    assert words[:5] == ["mpirun", "-np", "8", "-H", "node1:4,node2:4"]
+    assert words[words.index("--wdir") + 1] == str(site) and words[words.index("python") :][:5] == TRAINS
+
+
+def launcher_of_kubernetes(site):
+    """The launcher's command of docs/mpijob.yaml, with this site's paths for the pod's."""
+    job = yaml.safe_load((ROOT / "docs" / "mpijob.yaml").read_text())
+    (container,) = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    text = container["args"][0].replace("/etc/mpi/", f"{site}/").replace("/shared/", f"{site}/")
+    assert container["command"] == ["bash", "-c"] and text.count(str(site)) == 3
+    return f"source .venv/bin/activate\n{text}"
+
+
+@pytest.mark.parametrize("kind", ["PBS", pytest.param("Kubernetes", marks=pytest.mark.long)])
+def test_the_job_runs_as_it_stands_and_goes_on_when_submitted_again(kind, site):
+    """With this machine as the job's only host."""
+    (site / "nodes").write_text("localhost\n" * 2)
+    (site / "hostfile").write_text("localhost slots=2\n")
+    (site / "script").write_text(PBS if kind == "PBS" else launcher_of_kubernetes(site))
+    job = {"PBS_NODEFILE": str(site / "nodes"), "PBS_O_WORKDIR": str(site)} if kind == "PBS" else {}
+    printed, code = run(site, "bash", "script", environment=job)
+    assert code == 0 and "2 worker(s)" in printed and "epoch 10/10" in printed, printed
+    assert (site / "runs" / "cnn" / "step-00000450").is_dir()
+    printed, code = run(site, "bash", "script", environment=job)
+    assert code == 0 and "resumed at epoch 10, step 450" in printed, printed
+
+
+def test_sbatch_takes_the_directives(tmp_path):
+    """sbatch reads them all before it asks the controller, which there is none of here."""
+    sbatch = launch._program("sbatch", os.environ)
+    if sbatch is None:
+        pytest.skip("sbatch is not installed")
+    lines = ["ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "NodeName=node[1-2]", "MessageTimeout=1"]
+    (tmp_path / "slurm.conf").write_text("\n".join(lines) + os.environ.get("HVDKIT_SLURM_CONF", "") + "\n")
+    libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+
+    def told(script):
+        (tmp_path / "script").write_text(script)
+        environment = {"SLURM_CONF": str(tmp_path / "slurm.conf"), **libraries}
+        return run(tmp_path, sbatch, "script", environment=environment)[0]
+
+    reached = "Unable to contact slurm controller"
+    if reached not in (bare := told("#!/bin/bash\ntrue\n")):
+        pytest.skip(f"sbatch does not begin here: {bare.strip().splitlines()[-1:]}")
+    assert "unrecognized option" in told(SLURM.replace("--requeue", "--no-such-option"))
+    said = told(SLURM)
+    assert reached in said and "option" not in said and "nvalid" not in said
+
+
+def parser_of(name):
+    """hvdkit's parser of a command, or None."""
+    (commands,) = (action for action in cli._parser()._actions if action.choices)
+    return commands.choices.get(name)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_hvdkit_has_the_options(line):
+    words = shlex.split(line)
+    parser = parser_of(words[1])
+    if parser is None:
+        pytest.skip(f"hvdkit has no {words[1]} yet")
+    options = parser.parse_args(words[2:])
+    path = getattr(options, "hostfile", None) or getattr(options, "file", None)
+    assert path is None or (ROOT / path).is_file()
+
+
+def test_what_the_commands_of_ssh_hosts_say():
+    (check,) = (shlex.split(line) for line in COMMANDS if line.startswith("hvdkit hosts "))
+    printed, code = run(ROOT, *check)
+    assert code == 0 and printed.split()[-5:] == ["total", "10", "on", "3", "hosts"]
+    (given,) = (shlex.split(line) for line in COMMANDS if "--hostfile" in line and line.startswith("hvdkit launch "))
+    printed, code = run(ROOT, *given[:2], "--dry-run", *given[2:])
+    words = shlex.split(printed)
+    assert code == 0 and words[:5] == ["mpirun", "-np", "10", "-H", "node1:4,node2:4,node3:2"]
+    assert words[-4:] == ["python", "recipes/cnn_torch.py", "--output", "/shared/runs/1"]
+    assert f"{ROOT}/logs/1" in words and not (ROOT / "logs").exists()
+
+
+def test_the_guide_has_the_commands():
+    assert [line.split()[1] for line in COMMANDS] == ["hosts", "doctor", "launch", "launch", "launch"]
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/many_hosts.md"])
+def test_links_lead_to_files(file):
+    text = (ROOT / file).read_text() if file != "README.md" else GUIDE
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert links and all(((ROOT / file).parent / link).is_file() for link in links)
