@@ -34,6 +34,7 @@ from toolkit.ending import FILE, Notes
 from toolkit.errors import UsageError
 from toolkit.forwarding import ForwardedSignals
 from toolkit.hostfile import Host
+from toolkit.tuning import usable_cores
 
 TRAVELS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "KERAS_BACKEND", "OMP_NUM_THREADS")
 TRAVELLING = ("HOROVOD_", "HVDKIT_", "NCCL_")  # beginnings of names
@@ -235,7 +236,7 @@ def find(launcher: str, environment: Mapping[str, str]) -> Installed:
         version=version,
         prefix=None if prefix in _NO_PREFIX else prefix,
         root=os.geteuid() == 0,
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         name=socket.gethostname(),
     )
 

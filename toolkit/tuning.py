@@ -6,9 +6,12 @@ Horovod's own settings, 11.0 ms with these, and 9.2 ms without any communication
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 _ENVIRONMENT = {
     "OMPI_MCA_mpi_yield_when_idle": ("1", "Open MPI otherwise spins on the cores that compute"),
@@ -33,6 +36,45 @@ class Choices:
     def explain(self) -> str:
         """The choices and their reasons, a line each."""
         return "\n".join(f"tuning: {reason}" for reason in self.reasons) or "tuning: off"
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """The cores that this process may use: those of its affinity, or fewer where its control groups have a quota.
+
+    Containers are given their share of a machine as a quota of CPU time, on all of its cores. Part of a core counts as
+    one. Sources: the kernel's admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                groups, read = root / "sys/fs/cgroup", _quota_of_v2
+            elif "cpu" in controllers.split(","):
+                groups, read = root / "sys/fs/cgroup" / controllers, _quota_of_v1
+            else:
+                continue
+            place = groups / group.strip("/")  # in a container it may be what only the host has
+            for directory in (place, *place.parents):
+                if directory.is_relative_to(groups):
+                    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                        cores = min(cores, max(1, math.ceil(read(directory))))
+    return cores
+
+
+def _quota_of_v2(directory: Path) -> float:
+    """The group's quota in cores; ValueError: none."""
+    quota, period = (directory / "cpu.max").read_text().split()
+    return float(quota) / float(period) if quota != "max" else math.nan  # which ceil() refuses with a ValueError
+
+
+def _quota_of_v1(directory: Path) -> float:
+    """The group's quota in cores; ValueError: none."""
+    quota = float((directory / "cpu.cfs_quota_us").read_text())
+    return quota / float((directory / "cpu.cfs_period_us").read_text()) if quota > 0 else math.nan
 
 
 def choose_environment(environ: Mapping[str, str] = os.environ) -> Choices:
@@ -84,12 +126,12 @@ def with_threads(
         choices: what was decided already.
         local_size: workers on this host.
         environ: the environment, with the user's variables.
-        cores: cores that this process may run on; None asks the operating system.
+        cores: that this process may use; None asks the operating system.
     """
     if "OMP_NUM_THREADS" in environ:
         reason = f"compute threads left alone: OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is set"
         return replace(choices, reasons=(*choices.reasons, reason))
-    available = len(os.sched_getaffinity(0)) if cores is None else cores
+    available = usable_cores() if cores is None else cores
     threads = max(1, available // local_size)
     reason = f"{threads} compute thread(s): {available} core(s) for {local_size} worker(s) on this host"
     return replace(choices, threads=threads, reasons=(*choices.reasons, reason))

@@ -1,9 +1,16 @@
 """Which worker this is, as each launcher's variables tell it; and what tuning makes of it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from toolkit import tuning
 from toolkit.world import World, from_launcher
+
+QUOTA_OF_4 = {"cpu,cpuacct/job/cpu.cfs_quota_us": "400000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,45 @@ def test_from_launcher(environ, world):
 def test_cores_are_shared_among_the_hosts_workers():
     threads = [tuning.with_threads(tuning.Choices(), workers, {}, cores=8).threads for workers in (1, 4, 3, 16)]
     assert threads == [8, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "250000 100000"}, 3),
+        ("0::/job", {"cpu.max": "200000 100000", "job/cpu.max": "max 100000"}, 2),
+        ("0::/only/on/the/host", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "9900000 100000"}, 8),
+        ("0::/", {"cpu.max": "what"}, 8),
+        ("0::/", {"cpu.max": "1 0"}, 8),
+        ("9:name=systemd:/\n3:cpu,cpuacct:/job", QUOTA_OF_4, 4),
+        ("9:name=systemd:/\n3:cpuacct:/job", QUOTA_OF_4, 8),
+        ("3:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "-1"}, 8),
+        ("nonsense", {}, 8),
+    ],
+)
+def test_a_quota_of_cpu_time_counts_as_so_many_cores(group, files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    for name, text in {"proc/self/cgroup": group, **{f"sys/fs/cgroup/{n}": t for n, t in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert tuning.usable_cores(tmp_path) == expected
+
+
+def test_a_real_quota_is_seen():
+    group = Path(f"/sys/fs/cgroup/cpu/hvdkit-test-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "cpu.cfs_quota_us").write_text("100000")
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        code = f"open('{group}/cgroup.procs', 'w').write('0'); from toolkit.tuning import usable_cores as c; print(c())"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    finally:
+        group.rmdir()
+    assert found.stdout == "1\n"
 
 
 def test_what_the_user_set_is_left_alone():
