@@ -139,8 +139,10 @@ def resume_command(directory: Path, size: int) -> str:
     script = [Path(sys.executable).name, *sys.argv]
     words = script
     for process in _ancestors():
-        names = [Path(word).name for word in process.words[:2]]  # a launcher in Python comes after its interpreter
-        words = next(([n, *process.words[i + 1 :]] for i, n in enumerate(names) if n in _LAUNCHERS), words)
+        for i, word in enumerate(process.words[:2]):  # a launcher in Python comes after its interpreter
+            if _is_launch(line := [Path(word).name, *process.words[i + 1 :]]):
+                words = line
+                break
     if words[0] == "mpirun" and "-H" in words and _horovodrun_shell():  # it names every variable in its mpirun
         words = ["horovodrun", "--mpi", "-np", str(size), "-H", words[words.index("-H") + 1], *script]
     words = _without_values(words)
@@ -150,6 +152,10 @@ def resume_command(directory: Path, size: int) -> str:
         if not any(word == flag[0] or word.startswith(f"{flag[0]}=") for word in words):
             words = [*words, *flag]
     return shlex.join(words)
+
+
+def _is_launch(line: list[str]) -> bool:
+    return line[0] in _LAUNCHERS or (line[0] == "hvdkit" and line[1:2] in (["launch"], ["restart"]))
 
 
 def _without_values(words: list[str]) -> list[str]:

@@ -157,6 +157,22 @@ def test_a_variables_value_is_not_printed(monkeypatch):
     assert stopping.resume_command(Path("x"), 2).startswith("horovodrun --mpi -np 2 -H a:2 ")
 
 
+@pytest.mark.parametrize(
+    ("above", "begin"),
+    [
+        ("hvdkit restart --restarts 2 -- mpirun -np 2", "hvdkit restart --restarts 2 -- mpirun -np 2"),
+        ("hvdkit launch -np 2 --hostfile h --", "hvdkit launch -np 2 --hostfile h --"),
+        ("hvdkit verify", "mpirun -np 2"),  # which gives each of its jobs an --output of its own
+    ],
+)
+def test_the_outermost_launcher_is_what_resumes(above, begin, monkeypatch):
+    monkeypatch.setattr(stopping, "_horovodrun_shell", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["s.py"])
+    lines = ["/v/bin/mpirun -np 2 python s.py", f"/v/bin/python3 /v/bin/{above} python s.py", "/bin/bash"]
+    monkeypatch.setattr(stopping, "_ancestors", lambda: (stopping._Process(1, line.split()) for line in lines))
+    assert stopping.resume_command(Path("x"), 2) == f"{begin} python s.py --resume --output x"
+
+
 def test_mpichs_variables_and_keras_backend(monkeypatch):
     monkeypatch.setattr(stopping, "_horovodrun_shell", lambda: None)
     monkeypatch.setattr(sys, "argv", ["s.py", "-env", "a", "b"])
