@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -142,3 +144,8 @@ def marked(mark: str) -> dict[int, str]:
             except OSError:
                 continue
     return found
+
+
+def some_long(values: Iterable[str | int], short: Sequence[str | int]) -> list[Any]:
+    """Parameters of a test, all but `short` marked as long."""
+    return [value if value in short else pytest.param(value, marks=pytest.mark.long) for value in values]

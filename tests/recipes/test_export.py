@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.launching import launch
+from tests.launching import launch, some_long
 
 # Export needs neither Horovod nor MPI: they can't be imported here.
 EXPORT = """
@@ -76,7 +76,7 @@ FLAVOURS = {
 }
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", some_long(FLAVOURS, short=[f for f in FLAVOURS if f != "keras on torch"]))
 def test_the_frameworks_own_loader_gives_the_checkpoints_bits(flavour, tmp_path):
     framework, environment, suffix = FLAVOURS[flavour]
     command = [f"recipes/cnn_{framework}.py", "--max-steps", "3", "--audit", "--output", tmp_path / "run"]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.launching import launch
+from tests.launching import launch, some_long
 from toolkit import checkpoint, datasets
 
 FLAVOURS = {
@@ -16,10 +16,6 @@ FLAVOURS = {
     "keras on tensorflow": ("keras", {"KERAS_BACKEND": "tensorflow"}),
     "keras on torch": ("keras", {"KERAS_BACKEND": "torch"}),
 }
-
-
-def some_long(values, short):
-    return [value if value in short else pytest.param(value, marks=pytest.mark.long) for value in values]
 
 
 @pytest.fixture(scope="module")
