@@ -1,5 +1,6 @@
 # Read by CMake right after Horovod's own `project()` call (CMAKE_PROJECT_INCLUDE), so that
-# Horovod 0.28.1 builds against today's frameworks without an edit of its source.
+# Horovod 0.28.1 builds against today's frameworks. One line of its source is corrected, in the
+# copy that is built here.
 
 # A CPU build, whatever CUDA toolkit this machine has or lacks. Defined but false skips
 # Horovod's search for a CUDA compiler.
@@ -9,6 +10,18 @@ set(CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit ON)
 # Horovod asks for RelWithDebInfo; without debug information the wheel is a tenth of the size.
 set(CMAKE_C_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
 set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
+
+# With Gloo, Horovod's stall inspector looks at no rank: the list of ranks is filled, and its length
+# stays 0. A rank that doesn't come to a compiled step's all-reduce would be waited for without end.
+set(file "${CMAKE_SOURCE_DIR}/horovod/common/gloo/gloo_controller.cc")
+file(READ "${file}" source)
+string(REPLACE "global_ranks_.reserve(size_);" "global_ranks_.resize(size_);" corrected "${source}")
+if(NOT corrected MATCHES "global_ranks_\\.resize\\(size_\\);")
+  message(FATAL_ERROR "${file} is not that of Horovod 0.28.1: its ranks' list is made otherwise")
+endif()
+if(NOT corrected STREQUAL source)
+  file(WRITE "${file}" "${corrected}")
+endif()
 
 # Waits until Horovod has defined its targets.
 function(hvdkit_adjust_targets)

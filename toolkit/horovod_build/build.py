@@ -1,4 +1,4 @@
-"""Compiles Horovod's unpatched source, and for a site's MPI mpi4py, into wheels."""
+"""Compiles Horovod's source, with what `adjust_targets.cmake` says, and for a site's MPI mpi4py, into wheels."""
 
 from __future__ import annotations
 
