@@ -50,7 +50,7 @@ class Ended:
             found.append(f"took {self.seconds:.1f} s, not {limit:g}")
         if words not in self.verdict:
             found.append(f"no {words!r} of rank {self.rank}: {self.stderr[-1500:]}")
-        others = [line for line in self.stderr.splitlines() if not line.startswith(f"[rank {self.rank} on {HOST}]")]
+        others = [line for line in self.stderr.splitlines() if f"[rank {self.rank} on {HOST}]" not in line]
         found += [f"a consequence was shown: {line}" for line in others if any(text in line for text in SECONDARY)]
         return found
 

@@ -75,11 +75,17 @@ def test_a_stopped_rank_ends_the_job_in_time(launcher, rank, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("framework", "rank"),
-    [("torch", 1), pytest.param("tensorflow", 0, marks=long), pytest.param("keras-tensorflow", 1, marks=long)],
+    ("framework", "launcher", "rank"),
+    [
+        ("torch", "mpirun", 1),
+        pytest.param("tensorflow", "mpirun", 0, marks=long),
+        ("tensorflow", "horovodrun-gloo", 1),  # Horovod's own inspector looked at no rank there
+        pytest.param("keras-tensorflow", "mpirun", 1, marks=long),
+        pytest.param("keras-tensorflow", "horovodrun-gloo", 0, marks=long),
+    ],
 )
-def test_a_rank_stuck_in_its_input_is_named_with_its_stack(framework, rank, tmp_path):
-    ended = harm(tmp_path / "run", "sleep", rank, "data", framework=framework, stall_timeout=8)
+def test_a_rank_stuck_in_its_input_is_named_with_its_stack(framework, launcher, rank, tmp_path):
+    ended = harm(tmp_path / "run", "sleep", rank, "data", framework=framework, launcher=launcher, stall_timeout=8)
     assert not ended.problems("did not come: it is", limit=30)
     stack = ended.error["stacks"][f"rank {rank} on {HOST}"]
     assert "time.sleep(600)" in stack and "with_noise" in stack
