@@ -87,6 +87,7 @@ class Cluster:
         *,
         environment: Mapping[str, str] | None = None,
         timeout: float = 300,
+        grace: float = 10,
         cwd: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host to its end.
@@ -94,9 +95,10 @@ class Cluster:
         Args:
             environment: added to that of `tests.launching.clean_environment`.
             timeout: seconds after which all that runs on the hosts is killed and `TimeoutExpired` is raised.
+            grace: seconds after its end in which its processes on all hosts have to end.
 
         Raises:
-            AssertionError: some host still had a process of it 10 s after its end.
+            AssertionError: some host still had a process of it after that.
         """
         process, mark = self.begin(host, command, environment=environment, cwd=cwd)
         try:
@@ -106,8 +108,8 @@ class Cluster:
             kill_marked(mark)
             process.communicate()
             raise
-        left = self.kill_all(grace=10)
-        assert not left, f"still running 10 s after the end: {left}\n{out[-2000:]}{err[-2000:]}"
+        left = self.kill_all(grace=grace)
+        assert not left, f"still running {grace:g} s after the end: {left}\n{out[-2000:]}{err[-2000:]}"
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def begin(
@@ -204,9 +206,7 @@ class Cluster:
             raise Unavailable(f"there is no {missing[0]} on the PATH")
         _lay_out(self.directory, self.addresses)
         plan = {
-            "hosts": {
-                name: {"address": a, "directory": str(self.directory / name)} for name, a in self.addresses.items()
-            },
+            "hosts": {n: {"address": a, "directory": str(self.directory / n)} for n, a in self.addresses.items()},
             "sshd": server.program,
             "libraries": server.libraries,
         }

@@ -1,8 +1,8 @@
 """An ssh server for the test cluster: this system's, or one unpacked beside it and installed nowhere.
 
-`python -m tests.hosts.sshd` fetches one where the system has none: Debian's or Ubuntu's package, which apt checks against
-the archive's signature, unpacked under `${HVDKIT_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hvdkit}/sshd`. It needs neither root
-nor this system's package lists, and always ends with exit code 0: tests that need a server are skipped without one.
+`python -m tests.hosts.sshd` fetches one where the system has none: Debian's or Ubuntu's package, which apt checks
+against the archive's signature, unpacked under `${HVDKIT_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hvdkit}/sshd`. It needs
+neither root nor this system's package lists. Its exit code is always 0: without a server, those tests are skipped.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def test_a_cut_cable_is_silent(cluster):
 
 def test_what_is_left_on_another_host_is_found_and_ended(cluster):
     with pytest.raises(AssertionError, match="sleep 1000"):
-        cluster.run("node1", ["ssh", "node3", "nohup sleep 1000 > /dev/null 2>&1 &"], timeout=30)
+        cluster.run("node1", ["ssh", "node3", "nohup sleep 1000 > /dev/null 2>&1 &"], timeout=30, grace=1)
     assert not any(cluster.processes(name) for name in NAMES)
 
 
