@@ -201,7 +201,7 @@ class Cluster:
         server = sshd.find()
         missing = [tool for tool in _TOOLS if shutil.which(tool, path=sshd.SBIN) is None]
         if server is None:
-            raise Unavailable("there is no sshd: install openssh-server, or let `make test-hosts` fetch one")
+            raise Unavailable(sshd.why_none())
         if missing:
             raise Unavailable(f"there is no {missing[0]} on the PATH")
         _lay_out(self.directory, self.addresses)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.hosts import results
 from tests.hosts.cluster import Cluster, Unavailable
 
 
@@ -16,3 +17,7 @@ def cluster(tmp_path_factory):
         yield entered
     finally:
         entered.__exit__()
+
+
+def pytest_sessionfinish():
+    results.write()

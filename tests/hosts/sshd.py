@@ -7,6 +7,7 @@ neither root nor this system's package lists. Its exit code is always 0: without
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from toolkit.horovod_build.wheel_cache import cache_directory
 
 CACHE = cache_directory().parent / "sshd"
-TIMEOUT = 60  # seconds for each of apt's and dpkg's commands
+TIMEOUT = 30  # seconds for each of apt's and dpkg's commands
 SBIN = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
 
 
@@ -54,6 +55,15 @@ def find() -> Server | None:
     return next((server for server in servers if server.starts()), None)
 
 
+def why_none() -> str:
+    """Why there is none, for those that can do nothing without."""
+    try:
+        failed = f": {(CACHE / 'failed').read_text()}"
+    except OSError:
+        failed = ""
+    return f"there is no sshd: install openssh-server, or let `make test-hosts` fetch one{failed}"
+
+
 def fetch() -> None:
     """Fetch one.
 
@@ -74,6 +84,7 @@ def fetch() -> None:
             _run(staging, "dpkg-deb", "--extract", package, staging / "root")
         shutil.rmtree(CACHE / "root", ignore_errors=True)
         os.rename(staging / "root", CACHE / "root")
+        (CACHE / "failed").unlink(missing_ok=True)
     if find() is None:
         raise LookupError("it does not start")
 
@@ -111,6 +122,8 @@ def main() -> None:
     except (OSError, subprocess.SubprocessError, LookupError) as error:
         said = str(getattr(error, "stderr", "") or "").strip().splitlines() or [str(error)]
         print(f" failed: {said[-1][:200]}; those tests will be skipped")
+        with contextlib.suppress(OSError):
+            (CACHE / "failed").write_text(said[-1][:200])
     else:
         print(" ✓")
 
