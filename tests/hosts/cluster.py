@@ -299,6 +299,7 @@ def _lay_out_login(own: Path, key: Path, known: str) -> None:
     (own / "sshd_config").write_text(
         f"HostKey {own}/host_key\nAuthorizedKeysFile {ssh}/authorized_keys\nStrictModes no\nUsePAM no\n"
         f"PermitRootLogin yes\nPasswordAuthentication no\nPidFile none\nUseDNS no\nMaxStartups 100\n"
+        f"ClientAliveInterval 5\nClientAliveCountMax 2\n"  # a login ends whose other side is cut off
         f"SetEnv TMPDIR={own}/tmp\n"
     )
 

@@ -62,8 +62,8 @@ COMMANDS = [
     (OPENMPI_4, ASKED, PATHS, (
         "mpirun -np 8 -H node1:4,node2:4 --bind-to none --map-by slot --prefix /shared/train/.venv "
         "--mca plm_rsh_args '-p 2222 -i /home/me/.ssh/id' --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 "
-        f"{ALIVE} --tag-output --output-filename /logs --wdir /shared/train -x PATH -x VIRTUAL_ENV -x HOROVOD_GLOO_IFACE=eth0 "
-        "-x NCCL_SOCKET_IFNAME=eth0 python recipes/cnn_torch.py"
+        f"{ALIVE} --tag-output --output-filename /logs --wdir /shared/train -x PATH -x VIRTUAL_ENV "
+        "-x HOROVOD_GLOO_IFACE=eth0 -x NCCL_SOCKET_IFNAME=eth0 python recipes/cnn_torch.py"
     )),
     (OPENMPI_5, {**HERE, "ranks": 16, "interface": "lo"}, {}, (
         "mpirun -np 16 -H localhost:16 --bind-to none --map-by slot:OVERSUBSCRIBE --mca btl_tcp_if_include lo "
