@@ -15,6 +15,7 @@ import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tests.hosts import namespaces, sshd
+from tests.hosts import namespaces, slow_link, sshd
 from tests.launching import MARK, ROOT, clean_environment, kill_marked
 
 NAMES = ("node1", "node2", "node3")
@@ -190,6 +191,16 @@ class Cluster:
     def join(self, host: str) -> None:
         """Plug a host's cable in again."""
         self.on("switch", "ip", "link", "set", host, "up")
+
+    def shape(self, host: str, bits_per_second: float, seconds: float) -> None:
+        """Let what a host sends leave at a rate and arrive with a delay; what it gets comes by the others' links."""
+        far, near = f"{host}-far", f"{host}-near"
+        self.on("switch", "ip", "link", "set", host, "nomaster")
+        self.on("switch", "ip", "link", "add", far, "type", "veth", "peer", "name", near)
+        self.on("switch", "ip", "link", "set", near, "master", "br0", "up")
+        self.on("switch", "ip", "link", "set", far, "up")
+        words = [sys.executable, slow_link.__file__, host, far, str(bits_per_second), str(seconds)]
+        self.on("switch", "sh", "-c", f"{shlex.join(words)} > {self.directory}/{host}/slow_link.log 2>&1 &")
 
     def bind(self, host: str, source: Path, target: Path) -> None:
         """Let a host, alone, see a file or directory in place of another."""
