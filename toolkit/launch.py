@@ -47,9 +47,10 @@ _JOBS = ("SLURM_JOB_NODELIST", "SLURM_NODELIST", "PBS_NODEFILE", "LSB_DJOB_HOSTF
 _LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|::1")
 _NO_PREFIX = ("/", "/usr", "/usr/local")  # where a remote shell finds programs by itself
 _LONGEST_WORD = 100_000  # bytes; Linux takes 131,072
-# Open MPI 4's daemons, when nothing comes from a host that is cut off or down: after 20 s they ask it 4 times in 40 s,
-# and end the job. By their own settings they wait 8 minutes; told of a worker's end before that, some 15 for TCP.
-_ALIVE = {"oob_tcp_keepalive_time": "20", "oob_tcp_keepalive_intvl": "10", "oob_tcp_keepalive_probes": "4"}
+# Open MPI 4's daemons, when nothing comes from a host that is cut off or down: after 10 s they ask it 3 times in 30 s,
+# and end the job. By their own settings they wait 8 minutes; with something under way to it, for TCP, some 15: so it is
+# sooner than a fifth of the default --stall-timeout, when the lost host's worker warns.
+_ALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "10", "oob_tcp_keepalive_probes": "3"}
 
 _PATH = re.compile(r"/[A-Za-z0-9_@+=.,/-]*")
 _DIRECTORY = re.compile(r"/[A-Za-z0-9_@+=./-]*")  # Open MPI 5 has its own use for commas, the others for : and %

@@ -92,10 +92,19 @@ def words(launcher: str, places: Places, hostfile: Path, script: Sequence[str]) 
     ]
 
 
+def parent(pid: int) -> int | None:
+    """The number of a process's parent; None where the process has ended."""
+    try:
+        return int(Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
 def workers(cluster: Cluster, host: str) -> list[int]:
-    """The processes on a host that are workers, not launchers or logins."""
-    found = cluster.processes(host)
-    return [pid for pid, line in found.items() if re.match(r"\S*python[\d.]* recipes/\w+\.py ", line)]
+    """The processes on a host that are workers: not launchers or logins, nor what workers start themselves."""
+    lines = cluster.processes(host).items()
+    found = {pid for pid, line in lines if re.match(r"\S*python[\d.]* recipes/\w+\.py ", line)}
+    return [pid for pid in found if parent(pid) not in {*found, None}]
 
 
 def train(cluster: Cluster, launcher: str, places: Places, recipe: str, arguments: Sequence[str]) -> Trained:

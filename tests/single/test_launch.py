@@ -30,7 +30,7 @@ ALL = (OPENMPI_4, OPENMPI_5, MPICH, SRUN, SRUN_MPICH, HOROVODRUN, HOROVODRUN_5, 
 IDS = ("openmpi4", "openmpi5", "mpich", "srun", "srun-mpich", "horovodrun", "horovodrun5", "horovodrun-gloo")
 
 SCRIPT = ("python", "recipes/cnn_torch.py")
-ALIVE = "--mca oob_tcp_keepalive_time 20 --mca oob_tcp_keepalive_intvl 10 --mca oob_tcp_keepalive_probes 4"
+ALIVE = "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 10 --mca oob_tcp_keepalive_probes 3"
 HERE = {"command": SCRIPT, "directory": "/shared/train"}
 TWO = {**HERE, "hosts": (Host("node1", 4), Host("node2", 4))}
 UNEVEN = {**HERE, "hosts": (Host("node1", 4), Host("node2", 2))}
@@ -122,7 +122,7 @@ def test_how_soon_a_lost_host_is_noticed_is_the_users_where_it_is_set():
     environment = {"OMPI_MCA_oob_tcp_keepalive_time": "5", "OMPI_MCA_oob_tcp_keepalive_intvl": "2"}
     for installed in (OPENMPI_4, HOROVODRUN):
         made = str(command(Specification(**TWO), installed, environment))
-        assert re.findall(r"oob_tcp_keepalive_\w+ \d+", made) == ["oob_tcp_keepalive_probes 4"]
+        assert re.findall(r"oob_tcp_keepalive_\w+ \d+", made) == ["oob_tcp_keepalive_probes 3"]
 
 
 def test_root_and_a_path():
