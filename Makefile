@@ -26,7 +26,7 @@ FRAMEWORK ?= $(firstword $(buildable))
 
 refuse_unless = $(if $(filter $(2),$($(1))),,$(error $(1)=$($(1)): choose $(3)))
 
-ifneq ($(filter setup train test test-all lint proof bench drills,$(MAKECMDGOALS)),)
+ifneq ($(filter setup train test test-all test-hosts lint proof bench drills,$(MAKECMDGOALS)),)
   $(foreach name,$(filter-out torch tensorflow keras,$(wanted)),\
     $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
   $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
@@ -53,13 +53,15 @@ endif
 
 # --- targets
 
-.PHONY: help setup train test test-all lint proof bench drills
+.PHONY: help setup train test test-all test-hosts sshd lint proof bench drills
 
 help:
 	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
 	@echo '             LAUNCHER=horovodrun|mpirun|none  HOSTFILE=hostfiles/localhost  ARGS="--epochs 3"'
 	@echo 'make test    set up, then lint and tests'
 	@echo 'make test-all  the same with the tests marked long'
+	@echo 'make test-hosts  on three hosts made of network namespaces: every recipe by every launcher, a cable that is pulled,'
+	@echo '             slow links; writes tests/hosts/results.md: half an hour'
 	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
 	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
@@ -104,11 +106,18 @@ lint: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-test: lint
+# For the tests on several hosts, where the system has none; they are skipped where that fails.
+sshd: setup
+	@$(VENV)/bin/python -m tests.hosts.sshd
+
+test: lint sshd
 	@source $(VENV)/bin/activate && python -m pytest -m 'not long' $(ARGS)
 
-test-all: lint
+test-all: lint sshd
 	@source $(VENV)/bin/activate && python -m pytest $(ARGS)
+
+test-hosts: setup sshd
+	@source $(VENV)/bin/activate && HVDKIT_HOSTS_RESULTS=tests/hosts/results.md python -m pytest tests/hosts $(ARGS)
 
 proof: setup
 	@source $(VENV)/bin/activate && python tests/proof.py $(ARGS)

@@ -48,6 +48,10 @@ _JOBS = ("SLURM_JOB_NODELIST", "SLURM_NODELIST", "PBS_NODEFILE", "LSB_DJOB_HOSTF
 _LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|::1")
 _NO_PREFIX = ("/", "/usr", "/usr/local")  # where a remote shell finds programs by itself
 _LONGEST_WORD = 100_000  # bytes; Linux takes 131,072
+# Open MPI 4's daemons, when nothing comes from a host that is cut off or down: after 10 s they ask it 3 times in 30 s,
+# and end the job. By their own settings they wait 8 minutes; with something under way to it, for TCP, some 15: so it is
+# sooner than a fifth of the default --stall-timeout, when the lost host's worker warns.
+_ALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "10", "oob_tcp_keepalive_probes": "3"}
 
 _PATH = re.compile(r"/[A-Za-z0-9_@+=.,/-]*")
 _DIRECTORY = re.compile(r"/[A-Za-z0-9_@+=./-]*")  # Open MPI 5 has its own use for commas, the others for : and %
@@ -161,6 +165,7 @@ class _Job:
     travels: tuple[str, ...]  # names of variables, each set
     settings: Mapping[str, str]  # variables for the ranks
     cores_per_rank: int | None  # in a Slurm job that says so
+    alive: tuple[str, ...]  # options of Open MPI 4 by which its daemons notice a lost host; those not set already
 
     @property
     def ssh(self) -> list[str]:
@@ -390,6 +395,7 @@ def _job(given: Specification, installed: Installed, environment: Mapping[str, s
         travels=_travelling(given.variables, environment, settings),
         settings=settings,
         cores_per_rank=int(cores) if re.fullmatch("[1-9][0-9]{0,5}", cores) else None,
+        alive=_alive(environment) if len(here) < len(hosts) else (),
     )
 
 
@@ -418,6 +424,11 @@ def _travelling(asked: Iterable[str], environment: Mapping[str, str], settings: 
     return tuple(name for name in dict.fromkeys(plain) if name not in settings and name != FILE)
 
 
+def _alive(environment: Mapping[str, str]) -> tuple[str, ...]:
+    settings = ((name, value) for name, value in _ALIVE.items() if f"OMPI_MCA_{name}" not in environment)
+    return tuple(word for setting in settings for word in ("--mca", *setting))
+
+
 def _prefix(job: _Job) -> list[str]:
     """Where Open MPI's daemons find themselves on other hosts."""
     if not job.away or job.installed.prefix is None:
@@ -442,6 +453,7 @@ def _openmpi_4(job: _Job) -> Command:
             "oob_tcp_if_include",
             job.given.interface,
         ]
+    words += job.alive
     words += ["--tag-output"] if job.given.tag_output else []
     words += ["--output-filename", job.given.log_directory] if job.given.log_directory else []
     return Command((*words, *_openmpi_tail(job)))
@@ -534,6 +546,7 @@ def _through_horovodrun(job: _Job) -> list[str]:
     if job.installed.version[0] == 4:
         words += ["--oversubscribe"] if job.crowded else []
         words += ["--mca", "oob_tcp_if_include", job.interface_of_daemons] if job.interface_of_daemons else []
+        words += job.alive
     else:
         words += ["--prtemca", "prte_if_include", job.interface_of_daemons] if job.interface_of_daemons else []
     made = [f"--mpi-args={shlex.join([*words, '--wdir', job.given.directory])}"]

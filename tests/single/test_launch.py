@@ -30,6 +30,7 @@ ALL = (OPENMPI_4, OPENMPI_5, MPICH, SRUN, SRUN_MPICH, HOROVODRUN, HOROVODRUN_5, 
 IDS = ("openmpi4", "openmpi5", "mpich", "srun", "srun-mpich", "horovodrun", "horovodrun5", "horovodrun-gloo")
 
 SCRIPT = ("python", "recipes/cnn_torch.py")
+ALIVE = "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 10 --mca oob_tcp_keepalive_probes 3"
 HERE = {"command": SCRIPT, "directory": "/shared/train"}
 TWO = {**HERE, "hosts": (Host("node1", 4), Host("node2", 4))}
 UNEVEN = {**HERE, "hosts": (Host("node1", 4), Host("node2", 2))}
@@ -53,7 +54,7 @@ COMMANDS = [
     )),
     (OPENMPI_4, {**TWO, "ranks": 10}, PATHS, (
         "mpirun -np 10 -H node1:5,node2:5 --bind-to none --map-by slot --oversubscribe --prefix /shared/train/.venv "
-        "--wdir /shared/train -x PATH -x VIRTUAL_ENV python recipes/cnn_torch.py"
+        f"{ALIVE} --wdir /shared/train -x PATH -x VIRTUAL_ENV python recipes/cnn_torch.py"
     )),
     (OPENMPI_4, {**TWO, "ranks": 3}, {}, (
         "mpirun -np 3 -H node1:3 --bind-to none --map-by slot --wdir /shared/train python recipes/cnn_torch.py"
@@ -61,8 +62,8 @@ COMMANDS = [
     (OPENMPI_4, ASKED, PATHS, (
         "mpirun -np 8 -H node1:4,node2:4 --bind-to none --map-by slot --prefix /shared/train/.venv "
         "--mca plm_rsh_args '-p 2222 -i /home/me/.ssh/id' --mca btl_tcp_if_include eth0 --mca oob_tcp_if_include eth0 "
-        "--tag-output --output-filename /logs --wdir /shared/train -x PATH -x VIRTUAL_ENV -x HOROVOD_GLOO_IFACE=eth0 "
-        "-x NCCL_SOCKET_IFNAME=eth0 python recipes/cnn_torch.py"
+        f"{ALIVE} --tag-output --output-filename /logs --wdir /shared/train -x PATH -x VIRTUAL_ENV "
+        "-x HOROVOD_GLOO_IFACE=eth0 -x NCCL_SOCKET_IFNAME=eth0 python recipes/cnn_torch.py"
     )),
     (OPENMPI_5, {**HERE, "ranks": 16, "interface": "lo"}, {}, (
         "mpirun -np 16 -H localhost:16 --bind-to none --map-by slot:OVERSUBSCRIBE --mca btl_tcp_if_include lo "
@@ -97,7 +98,7 @@ COMMANDS = [
     )),
     (HOROVODRUN, {**ASKED, "ranks": 9}, PATHS, (
         "horovodrun -np 9 -H node1:5,node2:4 --mpi '--mpi-args=--prefix /shared/train/.venv --oversubscribe "
-        "--mca oob_tcp_if_include eth0 --wdir /shared/train' --network-interface eth0 --ssh-port 2222 "
+        f"--mca oob_tcp_if_include eth0 {ALIVE} --wdir /shared/train' --network-interface eth0 --ssh-port 2222 "
         "--ssh-identity-file /home/me/.ssh/id --output-filename /logs python recipes/cnn_torch.py"
     )),
     (HOROVODRUN_5, {**HERE, "ranks": 9, "directory": "/my train"}, {}, (
@@ -115,6 +116,13 @@ def test_the_command(installed, wanted, environment, expected):
     made = command(Specification(**wanted), installed, environment)
     assert [*(f"{n}={v}" for n, v in made.environment.items()), *made.words] == shlex.split(expected)
     assert shlex.split(str(made)) == shlex.split(expected)
+
+
+def test_how_soon_a_lost_host_is_noticed_is_the_users_where_it_is_set():
+    environment = {"OMPI_MCA_oob_tcp_keepalive_time": "5", "OMPI_MCA_oob_tcp_keepalive_intvl": "2"}
+    for installed in (OPENMPI_4, HOROVODRUN):
+        made = str(command(Specification(**TWO), installed, environment))
+        assert re.findall(r"oob_tcp_keepalive_\w+ \d+", made) == ["oob_tcp_keepalive_probes 3"]
 
 
 def test_root_and_a_path():

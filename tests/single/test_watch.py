@@ -118,6 +118,18 @@ def test_error_json_is_whole_or_not_there(tmp_path):
     assert found["time"].endswith("+00:00") and os.listdir(tmp_path) == ["error.json"]
 
 
+def test_who_was_cut_off_leaves_what_the_others_have_told(tmp_path):
+    theirs = Verdict("did not come", "rank 1 on far", 1, "far")
+    mine = Verdict("did not come", "rank 0 on here", 0, "here")
+    theirs.write(tmp_path)
+    mine.write(tmp_path, silence=10)
+    assert json.loads((tmp_path / "error.json").read_text())["host"] == "far"
+    old = time.time() - 60
+    os.utime(tmp_path / "error.json", (old, old))  # of an earlier run
+    mine.write(tmp_path, silence=10)
+    assert json.loads((tmp_path / "error.json").read_text())["host"] == "here"
+
+
 @pytest.mark.parametrize("hanging", ["open", "is_dir"])
 def test_a_disk_that_hangs_does_not_hold_up_the_end(hanging, tmp_path, monkeypatch):
     let = threading.Event()
@@ -359,7 +371,7 @@ def worker(monkeypatch):
     members = [Member(rank, f"rank {rank} on here", rank, 0, "here", 0) for rank in range(3)]
     worker = spoke.Spoke(members[2], members, b"key", 20, [])
     worker.now, worker.ends, worker.codes, worker.warnings = 1000.0, [], [], []
-    worker.report, worker.warn = worker.ends.append, worker.warnings.append
+    worker.report, worker.warn = lambda verdict, silence: worker.ends.append(verdict), worker.warnings.append
     monkeypatch.setattr(spoke, "time", SimpleNamespace(monotonic=lambda: worker.now, sleep=lambda _: None))
     monkeypatch.setattr(spoke, "leave", worker.codes.append)
     ends = socket.socketpair()

@@ -263,8 +263,8 @@ class Watch(threading.Thread):
         """Print a line on this worker."""
         say(f"[{self.me.name}] warning: {text}\n")
 
-    def report(self, verdict: Verdict, directory: str = "") -> None:
-        """Print the verdict and write its file."""
+    def report(self, verdict: Verdict, directory: str = "", silence: float = 0.0) -> None:
+        """Print the verdict and write its file; see `Verdict.write`."""
         place = Path(directory) if directory else Here.directory
         more = (
             f"--resume goes on from the run's last checkpoint; more in {place / FILE}\n"
@@ -272,7 +272,7 @@ class Watch(threading.Thread):
             else ""
         )
         say(verdict.text + more)
-        verdict.write(place, Here.directory)
+        verdict.write(place, Here.directory, silence=silence)
         mute()
 
     def wake(self, member: Member) -> None:

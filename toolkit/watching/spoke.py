@@ -85,7 +85,7 @@ class Spoke(Watch):
         hub = self._hub
         self._speak(hub.verdict(f"left early: it {hub.left}; {self.me.name} waited for it in {waits_for(self.me)}."))
 
-    def _speak(self, verdict: Verdict) -> None:
+    def _speak(self, verdict: Verdict, silence: float = 0.0) -> None:
         """End this worker on account of rank 0, and say so where it is for this worker to say."""
         if self.stopped_by_signal():
             leave(143)
@@ -93,7 +93,7 @@ class Spoke(Watch):
             time.sleep(self._deputies.index(self.me.rank))  # the second speaks only if the first has not ended it all
             if self._hub.line is not None:  # it may only be held up, and find the others gone when it goes on
                 self._hub.line.send(kind="ended", code=verdict.code)
-            self.report(verdict)
+            self.report(verdict, silence=silence)
             self.wake(self._hub)
             leave(verdict.code)
         self._end_at = time.monotonic() + LAST, verdict.code
@@ -143,7 +143,7 @@ class Spoke(Watch):
         if silent > self.timeout + self.beat:
             state = process_state(hub.pid) if hub.host == self.me.host else ""
             cause = f"did not come: it gave no sign of life for {silent:.0f} s{state}"
-            self._speak(hub.verdict(f"{cause}; {self.me.name} waited for it in {waits_for(self.me)}."))
+            self._speak(hub.verdict(f"{cause}; {self.me.name} waited for it in {waits_for(self.me)}."), silent)
         elif silent > max(self.timeout / 5, 3 * self.beat):
             if not hub.warned and self.me.rank == self._deputies[0]:
                 limit = f"the job ends after {self.timeout:g} s (--stall-timeout)"

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -68,8 +69,14 @@ class Verdict:
             lines += _prefixed(name, stack)
         return "\n".join([*lines, f"[{self.name}] {self.cause}"]) + "\n"
 
-    def write(self, *directories: Path | None) -> None:
-        """Write error.json, whole or not at all, to the first of these that takes it; what hangs is not waited for."""
+    def write(self, *directories: Path | None, silence: float = 0.0) -> None:
+        """Write error.json, whole or not at all, to the first of these that takes it; what hangs is not waited for.
+
+        Args:
+            directories: the run's, as far as known.
+            silence: seconds for which this worker has heard nothing of the job's end. A file from that time stays: it
+                may be this worker's host that was cut off from the others, and not from their disk.
+        """
         content = {key: value for key, value in asdict(self).items() if key not in ("code", "kept", "shown")}
         text = json.dumps({**content, "exit_code": self.code}, indent=1).encode() + b"\n"
 
@@ -77,11 +84,17 @@ class Verdict:
             for directory in directories:
                 with contextlib.suppress(OSError):  # a full or vanished disk: the terminal has it all
                     if directory is not None and directory.is_dir():
-                        write_whole(directory / FILE, text)
+                        if not _is_from(directory / FILE, silence):
+                            write_whole(directory / FILE, text)
                         break
 
         if self.kept:
             _within(_DISK, write)
+
+
+def _is_from(file: Path, last: float) -> bool:
+    """Whether a file was written in these last seconds."""
+    return last > 0 and file.exists() and time.time() - file.stat().st_mtime < last
 
 
 def is_consequence(error: BaseException | None) -> bool:
