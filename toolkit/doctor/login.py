@@ -1,8 +1,8 @@
 """The way to a host: its name, the port of its ssh, a login without a password; and why one of them fails.
 
 Nothing is asked for and no known_hosts is changed: ssh's BatchMode refuses a host whose key is not known, where it
-would otherwise ask, and UpdateHostKeys, which writes without asking, is off. Where ssh's own configuration accepts new keys
-(`StrictHostKeyChecking accept-new` or `no`), that holds here as for the launchers.
+would otherwise ask, and UpdateHostKeys, which writes without asking, is off. Where ssh's own configuration accepts new
+keys (`StrictHostKeyChecking accept-new` or `no`), that holds here as for the launchers, and is told.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class Peer:
         """
         source = Path(probe.__file__).read_text(encoding="utf-8")
         job = {"environment": dict(environment), "directory": directory, "source": source}
-        await self._write(job)
+        await self._ask(job)  # what is sent before it has begun, the Python before it would read
         return checked_facts(await self.ask({"facts": [directory, data_dir]}))
 
     async def ask(self, request: Any) -> dict[str, Any]:

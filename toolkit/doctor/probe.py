@@ -248,6 +248,12 @@ def serve(token: str) -> None:
     signal.alarm(_LONGEST_LIFE)
     sys.path[:] = [entry for entry in sys.path if entry]  # `python script.py` does not look in its working directory
     doors = []
+
+    def say(answer: dict) -> None:
+        sys.stdout.write(token + json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+    say({"ready": True})
     for line in sys.stdin:
         asked, answer = json.loads(line), {}  # type: dict, dict
         try:
@@ -260,8 +266,7 @@ def serve(token: str) -> None:
                 answer = {"reasons": knock(asked["knock"], asked["seconds"])}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        sys.stdout.write(token + json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        say(answer)
 
 
 if __name__ == "__main__":
