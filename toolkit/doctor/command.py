@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -37,6 +36,7 @@ def add_to(commands: Any) -> None:
         "-np", "--np", type=int, metavar="N", help="workers that are planned (default: the hosts' slots)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
+    parser.add_argument("--framework", choices=local.FRAMEWORKS, help="only this one (default: all that are installed)")
     parser.add_argument("--interface", metavar="NAME", help="network interface, of the same name on all hosts")
     parser.add_argument("--ssh-port", type=int, metavar="PORT")
     parser.add_argument("--ssh-key", metavar="FILE", help="private key")
@@ -55,9 +55,12 @@ def add_to(commands: Any) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     plan = _Plan(options)
-    with contextlib.suppress(asyncio.CancelledError):
+    try:
         return asyncio.run(_look(plan, options.json))
-    return 128 + signal.SIGTERM
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 class _Plan:
@@ -81,12 +84,15 @@ class _Plan:
         self.given = {"interface": options.interface, "ssh_port": options.ssh_port, "ssh_key": key}
         whole = Specification(("true",), os.getcwd(), tuple(self.hosts), options.np, **self.given)  # checks them all
         self.data_dir = None if options.data_dir is None else os.path.abspath(options.data_dir)
+        if self.data_dir is not None and not probe.data(self.data_dir):
+            raise UsageError(f"--data-dir {self.data_dir} holds none of MNIST's files: name the one that recipes get.")
         self.ranks_by_host: dict[str, int] = {}
         if self.hosts:
             placed = launch.placed(whole.hosts, options.np or sum(host.slots for host in self.hosts))
             self.ranks_by_host = {host.name: host.slots for host in placed}
         self.ranks_here = None if self.hosts else options.np
         self.seconds = options.timeout
+        self.frameworks = local.FRAMEWORKS if options.framework is None else (options.framework,)
 
     def of_hosts(self) -> hosts.Look:
         """What to look for on the hosts."""
@@ -116,9 +122,9 @@ async def _look(plan: _Plan, as_json: bool) -> int:
     facts = probe.facts(os.getcwd(), plan.data_dir)
     looking = asyncio.ensure_future(hosts.look(plan.hosts, plan.of_hosts(), facts)) if plan.hosts else None
     try:
-        async for check in local.look(facts, plan.ranks_here):
+        async for check in local.look(facts, plan.ranks_here, plan.frameworks):
             tell([check])
-        frameworks = [name for name in local.FRAMEWORKS if facts["packages"][name] and name in facts["built_for"]]
+        frameworks = [name for name in plan.frameworks if facts["packages"][name] and name in facts["built_for"]]
         for framework in frameworks:
             tell([await measure.check(framework, (), {"interface": None, "ssh_port": None, "ssh_key": None})])
         if looking is not None:

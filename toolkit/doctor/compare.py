@@ -36,7 +36,7 @@ def clock(ahead: float, uncertainty: float, host: str) -> Check:
     """
     ok = abs(ahead) - uncertainty <= MOST_SKEW
     if ok:
-        return Check("clock", host, True, f"within {abs(ahead) + uncertainty:.2g} s of this one's")
+        return Check("clock", host, True, f"within {max(0.001, abs(ahead) + uncertainty):.2g} s of this one's")
     found = f"{abs(ahead):.3g} s {'ahead of' if ahead > 0 else 'behind'} this one's (± {uncertainty:.2g} s)"
     fix = (
         "set it: `chronyc makestep`, and let NTP keep it; till then times of files and logs of several hosts can't be "

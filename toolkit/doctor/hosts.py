@@ -190,9 +190,11 @@ async def _log_in(seen: Seen, job: Look) -> None:
     began = time.monotonic()
     try:
         await peer.begin()
-    except NoAnswer:
+    except NoAnswer as error:
         code, said = await peer.ended()
-        if code in (126, 127):
+        if code is None:
+            seen.note(False, f"no Python's answer: {error}", f"look at what `{job.ssh.by_hand(seen.host)} true` says")
+        elif code in (126, 127):
             seen.note(True, f"without a password, in {time.monotonic() - began:.2f} s")
             seen.stage = "python"
             fix = f"put the same environment at {sys.prefix} there: a shared file system, or the same installation"

@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from toolkit import launch
@@ -28,13 +28,16 @@ _VERSIONS = re.compile(r"(Open MPI)\)? v?(\d+(?:\.\d+)+)|(?:MPICH Version|^ *Ver
 Imports = Mapping[str, Mapping[str, Any]]
 
 
-async def look(facts: Facts, ranks: int | None) -> AsyncIterator[Check]:
+async def look(facts: Facts, ranks: int | None = None, wanted: Sequence[str] = FRAMEWORKS) -> AsyncIterator[Check]:
     """The checks of this machine but for the all-reduce, in order.
 
     Args:
         facts: this machine's.
         ranks: planned here; None: not known.
+        wanted: of the frameworks; the others are left out.
     """
+    left_out = [name for name in FRAMEWORKS if name not in wanted]
+    facts = {**facts, "packages": {**facts["packages"], **dict.fromkeys(left_out)}}
     begun = asyncio.ensure_future(_import_all(facts))
     try:
         yield _python(facts)
@@ -107,7 +110,8 @@ def _frameworks(facts: Facts, imported: Imports) -> list[Check]:
 
 def _of_import(name: str, outcome: Mapping[str, Any], fix: str, more: str = "") -> Check:
     if outcome["ok"]:
-        return Check(name, "", True, f"{outcome['found']}{more}, imported in {outcome['seconds']:.1f} s")
+        took = f", imported in {outcome['seconds']:.1f} s" if outcome["seconds"] >= 0.05 else ", imported"
+        return Check(name, "", True, f"{outcome['found']}{more}{took}")
     return Check(name, "", False, f"can't be imported: {outcome['found']}", fix)
 
 

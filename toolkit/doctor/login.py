@@ -150,21 +150,19 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def reason(ssh: Ssh, host: Host, code: int | None, said: str) -> tuple[str, str]:
+def reason(ssh: Ssh, host: Host, code: int, said: str) -> tuple[str, str]:
     """Why a login or the Python behind it did not work, and what to do.
 
     Args:
         ssh: how it was tried.
         host: where.
-        code: ssh's exit code; None: it was still running.
+        code: ssh's exit code.
         said: what ssh and the host said.
     """
     hand = ssh.by_hand(host)
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("Warning: Permanently")]
     last = one_line(lines[-1] if lines else "nothing said", 160)
     copy = shlex.join(["ssh-copy-id", *ssh.options(host), host.name])
-    if code is None:
-        return "ssh does not end its login", f"look where `{hand}` hangs: the host may be overloaded, or its home away"
     if code == 255:
         for pattern, found, fix in _REASONS:
             if re.search(pattern, said):

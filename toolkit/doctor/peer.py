@@ -19,6 +19,7 @@ from toolkit.doctor import probe, processes
 from toolkit.doctor.checks import one_line
 
 _LONGEST_LINE = 1 << 20  # bytes
+_END = 5.0  # seconds for a probe to end that is told no more
 _START = "import sys,json;exec(json.loads(sys.stdin.readline()))"
 
 FACTS = {
@@ -53,7 +54,8 @@ def understood(line: bytes, token: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        raise NoAnswer(f"it answers {ascii(line[len(token) :][:80])}, which is not JSON")
+        said = one_line(line[len(token) :].decode(errors="replace"), 80)
+        raise NoAnswer(f"it answers {said!r}, which is not JSON")
     if "error" in answer:
         raise NoAnswer(f"its probe failed: {one_line(str(answer['error']))}")
     return answer
@@ -204,13 +206,14 @@ class Peer:
     async def ended(self) -> tuple[int | None, str]:
         """Exit code and last words of a probe that is not wanted or has not answered."""
         process = self._running()
-        code = None
-        with contextlib.suppress(asyncio.TimeoutError):
-            code = await asyncio.wait_for(process.wait(), 1)
+        if process.stdin is not None:
+            process.stdin.close()
+        code = await processes.exited(process, _END)
         said = b""
         if process.stderr is not None:
-            with contextlib.suppress(asyncio.TimeoutError, ValueError):
-                said = await asyncio.wait_for(process.stderr.read(1 << 16), 0.5)
+            with contextlib.suppress(asyncio.TimeoutError):
+                while piece := await asyncio.wait_for(process.stderr.read(1 << 16), 0.5):
+                    said = (said + piece)[-_LONGEST_LINE:]
         await self.close()
         return code, "\n".join([*self._heard, said.decode(errors="replace")])
 
@@ -221,6 +224,7 @@ class Peer:
             return
         if process.stdin is not None:
             process.stdin.close()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), 1)
+        await processes.exited(process, _END / 5)
         await processes.end(process)
+        with contextlib.suppress(asyncio.TimeoutError):  # reads the pipes to their ends, for asyncio to close them
+            await asyncio.wait_for(process.communicate(), 0.5)

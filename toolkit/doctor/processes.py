@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,12 +60,20 @@ async def run(words: Sequence[str], seconds: float, environment: Mapping[str, st
     return Ended(None if late else process.returncode, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
+async def exited(process: asyncio.subprocess.Process, seconds: float) -> int | None:
+    """A program's exit code once it has ended; None where that takes longer than these seconds."""
+    until = time.monotonic() + seconds
+    # Not process.wait(), which some Pythons let wait for the pipes too, and a child may hold those.
+    while process.returncode is None and time.monotonic() < until:
+        await asyncio.sleep(0.01)
+    return process.returncode
+
+
 async def end(process: asyncio.subprocess.Process) -> None:
     """End a program that leads a group, and what is left of the group."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), _GRACE)
+        await exited(process, _GRACE)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

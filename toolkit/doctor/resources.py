@@ -26,11 +26,11 @@ def resources(facts: Mapping[str, Any], host: str, ranks: int | None) -> list[Ch
 
 def amount(size: float) -> str:
     """Bytes in a unit that suits them."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.3g} {unit}" if size < 100 else f"{size:.0f} {unit}"
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
         size /= 1024
-    return f"{size:.1f} TiB"
+        del units[0]
+    return f"{size:.3g} {units[0]}" if size < 1000 else f"{size:.0f} {units[0]}"
 
 
 def _cores(facts: Mapping[str, Any], host: str, ranks: int | None) -> Check:
