@@ -14,7 +14,7 @@ from typing import Any
 from toolkit.doctor import compare, login
 from toolkit.doctor.checks import Check
 from toolkit.doctor.login import Ssh
-from toolkit.doctor.peer import NoAnswer, Peer
+from toolkit.doctor.peer import Ended, NoAnswer, Peer
 from toolkit.doctor.resources import resources
 from toolkit.hostfile import Host
 
@@ -192,7 +192,7 @@ async def _log_in(seen: Seen, job: Look) -> None:
         await peer.begin()
     except NoAnswer as error:
         code, said = await peer.ended()
-        if code is None:
+        if code is None or not isinstance(error, Ended):
             seen.note(False, f"no Python's answer: {error}", f"look at what `{job.ssh.by_hand(seen.host)} true` says")
         elif code in (126, 127):
             seen.note(True, f"without a password, in {time.monotonic() - began:.2f} s")

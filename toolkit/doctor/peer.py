@@ -41,6 +41,10 @@ class NoAnswer(Exception):
     """A probe did not answer, or not as probes do; its text says what came instead."""
 
 
+class Ended(NoAnswer):
+    """It ended instead, and its exit code may tell why."""
+
+
 def understood(line: bytes, token: str) -> dict[str, Any] | None:
     """A probe's answer in a line of what the other host says; None for a line of something else, such as a greeting.
 
@@ -189,7 +193,7 @@ class Peer:
             if answer is not None:
                 return answer
             self._heard = [*self._heard[-20:], one_line(line.decode(errors="replace"))]
-        raise NoAnswer("it ended without an answer")
+        raise Ended("it ended without an answer")
 
     async def _write(self, request: Any) -> None:
         writer = self._running().stdin
