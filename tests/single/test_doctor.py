@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import sys
@@ -295,14 +296,14 @@ SAME_PYTHON = f"""'{{"python": "{HERE["python"][0]}"}}' """ + """'{"time": 1e9}'
 @pytest.mark.parametrize(
     ("ssh", "name", "found", "fix"),
     [
-        ("exec sleep 1000", "ssh", "no answer in 5 s", "hangs"),
-        ("sleep 1000 & sleep 1000", "ssh", "no answer in 5 s", "hangs"),
+        ('sleep 40; exec sh -c "$remote"', "ssh", "no answer in 5 s", "hangs"),
+        ('sleep 1000 & sleep 40; exec sh -c "$remote"', "ssh", "no answer in 5 s", "hangs"),
         ("echo 'a@b: Permission denied (publickey).' >&2; exit 255", "ssh", "no login without a", "ssh-copy-id -p"),
         ("echo 'Host key verification failed.' >&2; exit 255", "ssh", "its host key is unknown", "accept it"),
         ("echo 'kex: something new' >&2; exit 255", "ssh", "ssh fails (kex: something new)", "by hand"),
         ("echo 'sh: 1: exec: python: not found' >&2; exit 127", "python", "none that runs", "the same environment"),
         ("echo 'account expired' >&2; exit 1", "ssh", "exit code 1 (account expired)", "by hand"),
-        ("head -c 3000000 /dev/zero", "ssh", "it ended|says a line of over|exit code", "by hand|hangs"),
+        ("head -c 3000000 /dev/zero", "ssh", "it says a line of over", "look at what"),
         (ANSWERS + "garbage", "ssh", "it answers 'garbage", "look at what"),
         (ANSWERS + """'{"python": "2.7.18"}' '{"time": "noon"}'""", "python", "2.7.18 at ", "the same environment"),
         (
@@ -435,17 +436,23 @@ def test_a_program_that_is_too_slow_is_ended_with_its_children(tmp_path):
     ended = asyncio.run(processes.run(["sh", "-c", script], 1))
     assert ended.code is None
     child = int((tmp_path / "child").read_text())
-    end = time.monotonic() + 10
-    while time.monotonic() < end and os.path.exists(f"/proc/{child}/exe"):
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{child}/exe")
+    try:
+        end = time.monotonic() + 10
+        while (there := os.path.exists(f"/proc/{child}/exe")) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not there
+    finally:
+        if there:
+            os.kill(child, signal.SIGKILL)
 
 
 # --- hvdkit env
 
 
-def test_env_has_no_secrets_and_no_names():
+def test_env_has_no_secrets_and_no_names(monkeypatch):
+    monkeypatch.setattr(environment, "_SHOWN", (*environment._SHOWN, "SLURM_JWT"))
     environ = {
+        "SLURM_JWT": "sesame-0",
         "HOME": "/srv/alice",
         "USER": "alice",
         "PATH": "/srv/alice/bin:/home/bob/bin:/scratch/alice/x:/usr/bin",

@@ -179,7 +179,9 @@ async def _ssh_port(seen: Seen, addresses: Sequence[str], port: int) -> None:
             seen.note(True, f"answers at port {port}")
             return
         reason = f"it says {ascii(said[:40])}, which is not ssh's greeting"
-    fix = "start sshd there (`systemctl start sshd`), give its port with --ssh-port, or open it in the firewall"
+    fix = "start sshd there (`systemctl start sshd`), or give its port with --ssh-port"
+    if "refused" not in reason and "greeting" not in reason:
+        fix = _UNANSWERED["ssh port"]
     seen.note(False, f"{addresses[0]} port {port}: {reason}", fix)
     raise _Failed
 
