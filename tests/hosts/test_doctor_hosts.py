@@ -76,7 +76,7 @@ def clock_ahead(cluster, place):
     (hook,) = SITE.glob("distutils-precedence.pth")
     changed = place / hook.name
     changed.write_text(
-        "import time; time.true = getattr(time, 'true', time.time); time.time = lambda: time.true() + 90\n"
+        "import time; time.true = getattr(time, 'true', time.time); time.time = lambda t=time: t.true() + 90\n"
     )
     cluster.bind("node2", changed, hook)
 
