@@ -9,6 +9,7 @@ import signal
 import sys
 
 from toolkit import checkpoint_cli, hostfile, launch, restart, verify
+from toolkit.doctor import command as doctor
 from toolkit.errors import UsageError
 
 
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
-    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint|restart|hosts|launch")
+    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint|restart|hosts|launch|doctor|env")
 
     command = commands.add_parser(
         "verify",
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     restart.add_to(commands)
     hostfile.add_to(commands)
     launch.add_to(commands)
+    doctor.add_to(commands)
     return parser
 
 

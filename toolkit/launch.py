@@ -40,7 +40,7 @@ TRAVELS = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "KERAS_BACKEN
 TRAVELLING = ("HOROVOD_", "HVDKIT_", "NCCL_")  # beginnings of names
 LAUNCHERS = ("mpirun", "horovodrun", "srun")
 
-_SECRET = re.compile("SECRET|TOKEN|JWT|PASSW|CREDENTIAL|PRIVATE|(?:^|_)KEY(?:_|$)", re.IGNORECASE)
+SECRET = re.compile("SECRET|TOKEN|JWT|PASSW|CREDENTIAL|PRIVATE|(?:^|_)KEY(?:_|$)", re.IGNORECASE)
 # What horovodrun itself needs besides: it sends whatever it has to the other hosts, with gloo on their command lines.
 _AT_HOME = ("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "TMPDIR", "SSH_AUTH_SOCK")
 _AT_HOME_TOO = ("LC_", "OMPI_", "PMIX_", "PRTE_", "TF_CPP_", "SLURM_", "PBS_", "LSB_")
@@ -215,7 +215,7 @@ def command(given: Specification, installed: Installed, environment: Mapping[str
         )
     if installed.launcher == "horovodrun":
         kept = {name for name in environment if name in _AT_HOME or name.startswith(_AT_HOME_TOO)}
-        return replace(made, kept=frozenset({*job.travels, *(name for name in kept if not _SECRET.search(name))}))
+        return replace(made, kept=frozenset({*job.travels, *(name for name in kept if not SECRET.search(name))}))
     return made
 
 
@@ -378,7 +378,7 @@ def _job(given: Specification, installed: Installed, environment: Mapping[str, s
         hosts = hosts or (Host("localhost", min(installed.cores, hostfile.MOST_SLOTS)),)
         slots = sum(host.slots for host in hosts)
         ranks = given.ranks or slots
-        hosts = _placed(hosts, ranks)
+        hosts = placed(hosts, ranks)
     names = {installed.name, installed.name.partition(".")[0]}
     here = [host for host in hosts if _LOOPBACK.fullmatch(host.name) or host.name in names]
     settings = {}
@@ -392,14 +392,14 @@ def _job(given: Specification, installed: Installed, environment: Mapping[str, s
         ranks=ranks,
         crowded=ranks > slots or any(host.slots > installed.cores for host in here),
         away=len(here) < len(hosts),
-        travels=_travelling(given.variables, environment, settings),
+        travels=travelling(given.variables, environment, settings),
         settings=settings,
         cores_per_rank=int(cores) if re.fullmatch("[1-9][0-9]{0,5}", cores) else None,
         alive=_alive(environment) if len(here) < len(hosts) else (),
     )
 
 
-def _placed(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
+def placed(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
     """The hosts in their order with as many slots as ranks: to the brim, then one more for each in turn."""
     counts, left = [], ranks
     for host in hosts:
@@ -416,10 +416,10 @@ def _placed(hosts: Sequence[Host], ranks: int) -> tuple[Host, ...]:
     return tuple(replace(host, slots=n, max_slots=None) for host, n in zip(hosts, counts, strict=True) if n)
 
 
-def _travelling(asked: Iterable[str], environment: Mapping[str, str], settings: Mapping[str, str]) -> tuple[str, ...]:
+def travelling(asked: Iterable[str], environment: Mapping[str, str], settings: Mapping[str, str]) -> tuple[str, ...]:
     """Names of the variables that are to travel and are set, but for those that this launch sets."""
     listed = [name for name in TRAVELS if name in environment]
-    listed += sorted(name for name in environment if name.startswith(TRAVELLING) and not _SECRET.search(name))
+    listed += sorted(name for name in environment if name.startswith(TRAVELLING) and not SECRET.search(name))
     plain = (name for name in [*listed, *asked] if name in environment and _VARIABLE.fullmatch(name))
     return tuple(name for name in dict.fromkeys(plain) if name not in settings and name != FILE)
 
