@@ -15,17 +15,25 @@ LONGEST = 1 << 18  # characters of a stack or traceback that is sent
 
 def stacks() -> str:
     """Where the Python code of this process stands: the main thread, and others that do not only wait for work."""
-    frames = sys._current_frames()
-    idle = ("threading.py", "queue.py", "selectors.py", "thread.py", "_monitor.py", "socket.py", "connection.py")
+    idle = (
+        "threading.py",
+        "queue.py",
+        "selectors.py",
+        "thread.py",
+        "_monitor.py",
+        "socket.py",
+        "connection.py",
+        "toolkit/stopping.py",
+    )
     parts = []
-    for thread in sorted(threading.enumerate(), key=lambda t: t is not threading.main_thread()):
-        frame = frames.get(thread.ident or 0)
-        is_main = thread is threading.main_thread()
-        if frame is None or thread is threading.current_thread():
-            continue
-        if is_main or not frame.f_code.co_filename.endswith(idle):
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main):
+        if ident != threading.get_ident() and (ident == main or not frame.f_code.co_filename.endswith(idle)):
+            # One that has no name is not Python's own: TensorFlow calls a generator of batches from there.
+            name = "the main thread" if ident == main else names.get(ident, "a thread of the framework")
             lines = "".join(traceback.format_stack(frame)[-30:])
-            parts.append(f"Stack of {'the main thread' if is_main else thread.name}, last call last:\n{lines}")
+            parts.append(f"Stack of {name}, last call last:\n{lines}")
     return "".join(parts[:6])[-LONGEST:]
 
 
