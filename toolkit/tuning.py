@@ -94,12 +94,13 @@ def stall_limits(seconds: float) -> dict[str, str]:
     """Settings with which Horovod ends a job within `seconds` of the first rank's wait for one that does not come.
 
     Horovod looks once in the time after which it warns, in whole seconds, and only ends what has waited longer
-    than both limits at that moment.
+    than both limits at that moment. An operation like an earlier one, as in each step, begins to count when it has
+    waited for the warning's time at such a look.
     """
     if seconds == 0:
         return {"HOROVOD_STALL_CHECK_DISABLE": "1"}
-    warning = max(1, int(seconds / 5))
-    shutdown = max(warning + 1, int(seconds) - warning)
+    warning = max(1, int(seconds / 10))
+    shutdown = max(warning + 1, int(seconds) - 3 * warning)
     return {
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(warning),
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(shutdown),
