@@ -17,8 +17,8 @@ _RECENT = 60.0  # seconds; of an elastic job a worker may have left long before 
 
 
 def note(code: int) -> None:
-    """Note with what this worker ends, where that is final and someone on this host wants to know it."""
-    if code in FINAL and FILE in os.environ:
+    """Note with what this worker ends, where someone on this host wants to know it and a launcher may hide it."""
+    if code in (*FINAL, HIDING) and FILE in os.environ:
         with contextlib.suppress(OSError):  # another host has no such file
             opened = os.open(os.environ[FILE], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -51,9 +51,16 @@ class Notes:
         with contextlib.suppress(OSError):
             os.truncate(self._path, 0)
 
-    def unhidden(self, code: int) -> int:
-        """A command's exit code, or what a worker has noted where the launcher may have hidden that."""
-        return (self.last() if code == HIDING else None) or code
+    def unhidden(self, code: int, told: int | None) -> int:
+        """A command's exit code, or what a worker has noted where the launcher may have hidden that.
+
+        Args:
+            code: the command's.
+            told: the signal that it was sent, if any: launchers may kill workers before these note anything.
+        """
+        if code != HIDING:
+            return code
+        return self.last() or (code if told is None else 128 + told)
 
     def last(self) -> int | None:
         """What a worker that has just ended has noted."""

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from toolkit.ending import HIDING
 from toolkit.errors import UsageError
 
 
@@ -44,9 +43,6 @@ class ForwardedSignals:
     def follow(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run a command to its end; its exit code, as a shell gives it.
 
-        Launchers that are told to end may give 1, and kill workers before these can note more: that is then made
-        128 and the signal's number.
-
         Raises:
             UsageError: it can't be started.
         """
@@ -58,8 +54,6 @@ class ForwardedSignals:
         self._send()
         code = self._process.wait()
         self._process = None
-        if code == HIDING and self.number is not None:
-            return 128 + self.number
         return 128 - code if code < 0 else code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:

@@ -18,6 +18,7 @@ horovod/runner/mpi_run.py, gloo_run.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -266,24 +267,23 @@ def run(made: Command, log_directory: str | None = None) -> int:
     """Run a job's command to its end, with the signals that end jobs handed on to it.
 
     Returns:
-        Its exit code; 128 and the signal's number where a signal ended it. Where that is 1 and a worker was told to
-        stop, or found a mistake of the user's, that worker's.
+        Its exit code; 128 and the signal's number where a signal ended it. Where that is 1, what a worker has noted,
+        or else 128 and the number of a signal that was handed on.
 
     Raises:
-        UsageError: it can't be started, or the directory for logs is not empty or can't be made.
+        UsageError: it can't be started, or the directory for logs can't be made.
     """
     if log_directory is not None:
         try:
             os.makedirs(log_directory, exist_ok=True)
-            if os.listdir(log_directory):
-                raise UsageError(f"--log-dir {log_directory} is not empty: name a new directory.")
         except OSError as error:
             raise UsageError(
                 f"--log-dir {log_directory}: {error.strerror}: name a directory that can be made."
             ) from None
     kept = {name: value for name, value in os.environ.items() if made.kept is None or name in made.kept}
     with ForwardedSignals() as signals, Notes() as notes:
-        return notes.unhidden(signals.follow(made.words, {**kept, **made.environment, **notes.environment}))
+        code = signals.follow(made.words, {**kept, **made.environment, **notes.environment})
+        return notes.unhidden(code, signals.number)
 
 
 def add_to(commands: Any) -> None:
@@ -306,9 +306,18 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--ssh-key", metavar="FILE", help="private key")
     parser.add_argument("--env", action="append", default=[], metavar="NAME", help="a variable that travels too")
     parser.add_argument("--tag-output", action="store_true", help="begin each line with its rank")
-    parser.add_argument("--log-dir", metavar="DIR", help="a new directory for output files by rank")
+    parser.add_argument("--log-dir", metavar="DIR", help="for files by rank: DIR, or DIR-2, … where that has some")
     parser.add_argument("command", nargs="+", metavar="-- python script.py …", help="the command for one worker")
     parser.set_defaults(function=_command)
+
+
+def _unused(directory: str) -> str:
+    """The directory, or DIR-2, DIR-3 …: the first that is empty or not there, as a job may be started again."""
+    for number in itertools.count(1):
+        place = directory if number == 1 else f"{directory}-{number}"
+        if not (os.path.isdir(place) and os.listdir(place)):
+            return place
+    raise AssertionError
 
 
 def _command(options: argparse.Namespace) -> int:
@@ -321,7 +330,7 @@ def _command(options: argparse.Namespace) -> int:
         ssh_port=options.ssh_port,
         ssh_key=None if options.ssh_key is None else os.path.abspath(os.path.expanduser(options.ssh_key)),
         tag_output=options.tag_output,
-        log_directory=None if options.log_dir is None else os.path.abspath(options.log_dir),
+        log_directory=None if options.log_dir is None else _unused(os.path.abspath(options.log_dir)),
         variables=tuple(options.env),
     )
     made = command(given, find(options.launcher, os.environ), os.environ)

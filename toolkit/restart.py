@@ -46,8 +46,8 @@ def run(command: Sequence[str], restarts: int) -> int:
         restarts: how often to start it again at most, ≥ 0.
 
     Returns:
-        The command's last exit code; 128 and the signal's number where a signal ended it. Where that is 1 and a
-        worker was told to stop, or found a mistake of the user's, that worker's.
+        The command's last exit code; 128 and the signal's number where a signal ended it. Where that is 1, what a
+        worker has noted, or else 128 and the number of a signal that was handed on.
 
     Raises:
         UsageError: the command has no `--output`, or one that is not empty and no `--resume`; it can't be started;
@@ -61,7 +61,7 @@ def run(command: Sequence[str], restarts: int) -> int:
     with ForwardedSignals() as signals, Notes() as notes:
         for restart in range(1, restarts + 2):
             notes.clear()
-            code = notes.unhidden(signals.follow(given, {**os.environ, **notes.environment}))
+            code = notes.unhidden(signals.follow(given, {**os.environ, **notes.environment}), signals.number)
             if code in {0, *FINAL} or restart > restarts or signals.was_told_within(_PAUSE):
                 break
             _wait_for_locks(directory, signals)

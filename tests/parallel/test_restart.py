@@ -102,6 +102,24 @@ def test_a_note_counts_for_the_start_that_it_is_of(tmp_path, monkeypatch):
         assert not os.path.exists(file), "on another host it is not made"
 
 
+@pytest.mark.parametrize(
+    ("noted", "told", "code"),
+    [
+        ([], None, 1),
+        ([], signal.SIGINT, 130),  # killed by the launcher before it could note anything
+        ([143], signal.SIGINT, 143),  # the first signal
+        ([1], signal.SIGTERM, 1),  # such as where the last checkpoint could not be written
+        ([2], None, 2),
+    ],
+)
+def test_what_a_worker_has_noted_comes_before_the_signal(noted, told, code, monkeypatch):
+    with ending.Notes() as notes:
+        monkeypatch.setenv(*next(iter(notes.environment.items())))
+        for one in noted:
+            ending.note(one)
+        assert notes.unhidden(1, told) == code and notes.unhidden(0, told) == 0 and notes.unhidden(3, told) == 3
+
+
 def test_a_directory_that_is_not_empty_is_refused_at_once(counting, tmp_path):
     command, tries = counting
     (tmp_path / "x").mkdir()
