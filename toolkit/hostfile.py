@@ -242,7 +242,7 @@ def _command(options: argparse.Namespace) -> int:
         for mistake in error.mistakes:
             print(f"error: {mistake}", file=sys.stderr)
         if len(error.mistakes) == MOST_MISTAKES:
-            print(f"error: these are {MOST_MISTAKES} mistakes: the lines after them were not read.", file=sys.stderr)
+            print(f"error: these are {MOST_MISTAKES} mistakes: there may be more after them.", file=sys.stderr)
         return 2
     print(write(hosts, options.format) if options.format else _table(hosts))
     for note in left_out(hosts, options.format) if options.format else ():

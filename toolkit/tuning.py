@@ -54,7 +54,7 @@ def usable_cores(root: Path = Path("/")) -> int:
             if not controllers:
                 groups, read = root / "sys/fs/cgroup", _quota_of_v2
             elif "cpu" in controllers.split(","):
-                groups, read = root / "sys/fs/cgroup" / controllers, _quota_of_v1
+                groups, read = root / "sys/fs/cgroup/cpu", _quota_of_v1
             else:
                 continue
             place = groups / group.strip("/")  # in a container it may be what only the host has

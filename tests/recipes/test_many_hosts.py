@@ -171,3 +171,9 @@ def test_links_lead_to_files(file):
     text = (ROOT / file).read_text() if file != "README.md" else GUIDE
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert links and all(((ROOT / file).parent / link).is_file() for link in links)
+
+
+def test_pbs_gives_each_rank_its_share_of_the_cores():
+    """PBS sets OMP_NUM_THREADS itself, which nothing of ours changes."""
+    chunk = dict(re.findall(r"(ncpus|mpiprocs|ompthreads)=(\d+)", PBS))
+    assert int(chunk["mpiprocs"]) * int(chunk["ompthreads"]) == int(chunk["ncpus"])

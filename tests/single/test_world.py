@@ -10,7 +10,7 @@ import pytest
 from toolkit import tuning
 from toolkit.world import World, from_launcher
 
-QUOTA_OF_4 = {"cpu,cpuacct/job/cpu.cfs_quota_us": "400000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}
+QUOTA_OF_4 = {"cpu/job/cpu.cfs_quota_us": "400000", "cpu/job/cpu.cfs_period_us": "100000"}
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_cores_are_shared_among_the_hosts_workers():
         ("0::/", {"cpu.max": "9900000 100000"}, 8),
         ("0::/", {"cpu.max": "what"}, 8),
         ("0::/", {"cpu.max": "1 0"}, 8),
-        ("9:name=systemd:/\n3:cpu,cpuacct:/job", QUOTA_OF_4, 4),
+        ("9:name=systemd:/\n3:cpuacct,cpu:/job", QUOTA_OF_4, 4),
         ("9:name=systemd:/\n3:cpuacct:/job", QUOTA_OF_4, 8),
-        ("3:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "-1"}, 8),
+        ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1"}, 8),
         ("nonsense", {}, 8),
     ],
 )

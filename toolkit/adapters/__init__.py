@@ -127,8 +127,8 @@ class Adapter(Protocol):
 
         Returns:
             (heard, broken): whether any rank's flag was up in an averaging since the last call, the same on every
-            rank; and None, or, where a step was left out since then, the name of the first of this rank's
-            gradients that was not finite ("" where only other ranks had one).
+            rank, where no step was left out; and None, or, where one was left out since then, the name of the first
+            of this rank's gradients that was not finite ("" where only other ranks had one).
         """
 
     def export_state(self, model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
