@@ -60,7 +60,7 @@ def dry(site, script, environment):
     return shlex.split(printed)
 
 
-TRAINS = ["python", "recipes/cnn_torch.py", "--output", "runs/cnn", "--resume"]
+TRAINS = ["python", "recipes/cnn_torch.py", "--output", "runs/cnn", "--resume", "--checkpoint-steps", "100"]
 
 
 @pytest.mark.parametrize("script", [SLURM, PBS], ids=["Slurm", "PBS"])
@@ -74,7 +74,7 @@ def test_what_the_slurm_script_launches(site):
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "2"}
     words = dry(site, SLURM, job)
     expected = ["srun", "--ntasks=8", "--nodes=2", "--nodelist=node[1-2]", "--ntasks-per-node=4", "--cpus-per-task=2"]
-    assert words[:6] == expected and words[-5:] == TRAINS and f"--chdir={site}" in words
+    assert words[:6] == expected and words[-7:] == TRAINS and f"--chdir={site}" in words
     without = dry(site, SLURM.replace("--launcher srun ", ""), job)
     assert without[:5] == ["mpirun", "-np", "8", "-H", "node1:4,node2:4"]
 
@@ -85,7 +85,7 @@ def test_what_the_pbs_script_launches(site):
     script = f"cd home\n{PBS}"  # as PBS starts it, not where it was submitted
     words = dry(site, script, {"PBS_NODEFILE": str(site / "nodes"), "PBS_O_WORKDIR": str(site)})
     assert words[:5] == ["mpirun", "-np", "8", "-H", "node1:4,node2:4"]
-    assert words[words.index("--wdir") + 1] == str(site) and words[words.index("python") :][:5] == TRAINS
+    assert words[words.index("--wdir") + 1] == str(site) and words[words.index("python") :][:7] == TRAINS
 
 
 def launcher_of_kubernetes(site):
