@@ -19,7 +19,7 @@ from toolkit import ending
 
 _WISHES = (signal.SIGTERM, signal.SIGINT)
 _TOGETHER = 1.0  # seconds in which a second signal is the first one's echo: a launcher's, or that of a process group
-_HOROVODRUNS = "mpirun --allow-run-as-root --tag-output "  # how what `horovodrun --mpi` has a shell run begins
+HOROVODRUNS = "mpirun --allow-run-as-root --tag-output "  # how what `horovodrun --mpi` has a shell run begins
 _LAUNCHERS = ("mpirun", "mpiexec", "orterun", "horovodrun", "srun")
 
 
@@ -80,7 +80,7 @@ class Signals:
             numbers = os.read(reading, 64) if readable else b""
             if readable and not numbers:
                 break
-            if shell and not readable and not _is_child(*shell):
+            if shell and not readable and not is_child(*shell):
                 numbers = bytes([signal.SIGTERM])
             if self._wakeup >= 0:  # someone else listens too
                 with contextlib.suppress(OSError):
@@ -189,18 +189,20 @@ def _ancestors() -> Iterator[_Process]:
         try:
             words = [word.decode() for word in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")[:-1]]
             yield _Process(number, words)
-            number = _parent(number)
+            number = parent_of(number)
         except (OSError, ValueError):
             return
 
 
-def _parent(number: int) -> int:
+def parent_of(number: int) -> int:
+    """The number of a process' parent; OSError, ValueError: there is no such process."""
     return int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def _is_child(number: int, parent: int) -> bool:
+def is_child(number: int, parent: int) -> bool:
+    """Whether a process is another's."""
     try:
-        return _parent(number) == parent
+        return parent_of(number) == parent
     except (OSError, ValueError):
         return False
 
@@ -214,7 +216,7 @@ def _horovodrun_shell() -> tuple[int, int] | None:
     below = None
     for process in _ancestors():
         command = process.words[2] if process.words[1:2] == ["-c"] and len(process.words) > 2 else ""
-        if below and Path(below.words[0]).name == "mpirun" and command.startswith(_HOROVODRUNS):
+        if below and Path(below.words[0]).name == "mpirun" and command.startswith(HOROVODRUNS):
             return below.number, process.number
         below = process
     return None

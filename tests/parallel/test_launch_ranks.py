@@ -75,7 +75,7 @@ def test_a_users_mistake_is_told_as_such():
     assert result.returncode == 2, result.stderr
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("horovodrun", marks=pytest.mark.long)])
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_signals_reach_the_run(launcher, number, tmp_path):
     place = tmp_path / "run"
@@ -91,8 +91,9 @@ def test_signals_reach_the_run(launcher, number, tmp_path):
     finally:
         left = kill_marked(mark, grace=10)
     assert not left
-    assert process.returncode in (128 + number, 1), out + err  # 1: mpirun, told itself, kills a second later
-    assert re.search(rf"stopped by {number.name}", out + err) and list(place.glob("step-*"))
+    assert process.returncode == 128 + number, out + err
+    assert re.search("stopped by SIG(TERM|INT)", out + err), out + err  # mpirun sends SIGTERM, whatever it gets
+    assert list(place.glob("step-*"))
 
 
 def mpirun(mpi, version):
