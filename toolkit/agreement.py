@@ -15,6 +15,8 @@ from toolkit.errors import RunFailed
 from toolkit.stopping import Signals
 from toolkit.world import World
 
+_WARNINGS = 10  # steps that were not finite, each with a line of its own
+
 
 class Word(NamedTuple):
     """What one rank tells.
@@ -49,6 +51,7 @@ class Agreement:
         self._signals = Signals()
         self._asked_by_script = False
         self._trouble = ""  # a loss that was not finite, not told yet
+        self._warned = 0
         self._heard: tuple[bool, str | None] = False, None  # what came with the gradients and was not acted on yet
 
     def begin(self, signals: bool) -> None:
@@ -117,4 +120,7 @@ class Agreement:
         if self._on_nan == "stop":
             skip = ", or leave out steps of such gradients with --on-nan skip" if left_out else ""
             raise RunFailed(f"{troubled[0]}: look at the data and the learning rate{skip}.")
-        self._warn(f"warning: {troubled[0]}: {'step left out' if left_out else 'its gradients were finite'}")
+        self._warned += 1
+        if self._warned <= _WARNINGS:
+            last = "; of more such steps the epochs' lines tell" if self._warned == _WARNINGS else ""
+            self._warn(f"warning: {troubled[0]}: {'step left out' if left_out else 'its gradients were finite'}{last}")

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from importlib.metadata import version
 
 from toolkit import checkpoint_cli, hostfile, launch, restart, verify
 from toolkit.doctor import command as doctor
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
+    parser.add_argument("--version", action="version", version=f"hvdkit {version('hvdkit')}")
     commands = parser.add_subparsers(required=True, metavar="verify|checkpoint|restart|hosts|launch|doctor|env")
 
     command = commands.add_parser(

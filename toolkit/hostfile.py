@@ -55,12 +55,13 @@ _EXPECTED = "expected slots=N, max_slots=N or user=NAME"
 class HostfileError(UsageError):
     """Lines of a hostfile can't be used.
 
-    Its text is the first mistake's line alone; `mistakes` has a line for each, `MOST_MISTAKES` at most.
+    Its text is the first mistake's line; `mistakes` has a line for each, `MOST_MISTAKES` at most.
     """
 
     def __init__(self, mistakes: Iterable[str]) -> None:
         self.mistakes = tuple(mistakes)
-        super().__init__(self.mistakes[0])
+        more = len(self.mistakes) - 1
+        super().__init__(self.mistakes[0] + (f" And {more} more: see `hvdkit hosts`." if more else ""))
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class Specification:
                 "a word of its own, which MPI takes for the end of the command."
             )
         if self.ranks is not None and not 1 <= self.ranks <= hostfile.MOST_SLOTS * max(1, len(self.hosts)):
-            raise UsageError(f"-np is {self.ranks}: expected 1 to {hostfile.MOST_SLOTS} for each host.")
+            most = hostfile.MOST_SLOTS * max(1, len(self.hosts))
+            raise UsageError(f"-np is {self.ranks}: expected 1 to {most}.")
         if self.ssh_port is not None and not 1 <= self.ssh_port <= 65535:
             raise UsageError(f"--ssh-port is {self.ssh_port}: expected 1 to 65535.")
         plain = "an absolute path of letters, digits and _ @ + = . - alone, as a shell may read it"
@@ -229,7 +230,7 @@ def find(launcher: str, environment: Mapping[str, str]) -> Installed:
     program = _program(launcher, environment)
     if program is None:
         raise UsageError(
-            f"{launcher} is not on the PATH: activate its environment or load its module, or choose another."
+            f"{launcher} is not on the PATH: activate its environment or load its module, or choose another --launcher."
         )
     mpirun = _program("mpirun", environment)
     mpi, version = _version(mpirun, environment, needed=launcher == "mpirun")
@@ -334,8 +335,25 @@ def _command(options: argparse.Namespace) -> int:
         variables=tuple(options.env),
     )
     made = command(given, find(options.launcher, os.environ), os.environ)
+    if not options.dry_run and shutil.which(given.command[0]) is None:
+        raise UsageError(f"{given.command[0]} is no program here: expected one on the PATH after --, or its path.")
+    for note in _notes(given, os.environ):
+        print(f"note: {note}", file=sys.stderr)
     print(made, flush=True)
     return 0 if options.dry_run else run(made, given.log_directory)
+
+
+def _notes(given: Specification, environment: Mapping[str, str]) -> list[str]:
+    """What may not be meant, and is done all the same."""
+    slots = sum(host.slots for host in given.hosts)
+    notes = [
+        f"--env {name}: it is not set here, so it does not travel"
+        for name in given.variables
+        if name not in environment
+    ]
+    if given.ranks and given.hosts and given.ranks > slots:
+        notes.append(f"{given.ranks} workers on {slots} slots: some hosts get more than their share")
+    return notes
 
 
 def _hosts(options: argparse.Namespace, environment: Mapping[str, str]) -> list[Host]:

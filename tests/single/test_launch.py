@@ -199,8 +199,8 @@ REFUSED = [
     ({"command": ("--epochs", "3")}, "'--epochs 3' is no command to launch: expected a program first"),
     ({"command": ("python", "x.py", ":", "rm")}, "'python x.py : rm' is no command to launch"),
     ({"command": ()}, "'' is no command to launch"),
-    ({"ranks": 0}, "-np is 0: expected 1 to 10000 for each host."),
-    ({"ranks": 10_001}, "-np is 10001: expected 1 to 10000 for each host."),
+    ({"ranks": 0}, "-np is 0: expected 1 to 10000."),
+    ({"ranks": 10_001}, "-np is 10001: expected 1 to 10000."),
     ({"interface": "eth0;id"}, "--interface is 'eth0;id': expected one name such as eth0."),
     ({"interface": "eth0,eth1"}, "--interface is 'eth0,eth1': expected one name such as eth0."),
     ({"ssh_port": 65536}, "--ssh-port is 65536: expected 1 to 65535."),
@@ -355,6 +355,19 @@ def test_the_command_is_printed_then_run_and_its_exit_code_returned(job, capfd):
     printed = capfd.readouterr().out.splitlines()
     assert printed[0].startswith("mpirun -np 1 -H localhost:1") and printed[0].endswith("sh 'echo ran; exit 7'")
     assert printed[1] == "ran" and (job / "logs").is_dir()
+
+
+def test_what_may_not_be_meant_is_noted(job, capfd):
+    assert main(["launch", "--dry-run", "-H", "a:2,b", "-np", "4", "--env", "NOT_SET", "--", "true"]) == 0
+    notes = ["--env NOT_SET: it is not set here, so it does not travel", "4 workers on 3 slots: some hosts get more"]
+    found = capfd.readouterr().err.splitlines()
+    assert len(found) == 2 and all(line.startswith(f"note: {n}") for line, n in zip(found, notes, strict=True)), found
+
+
+def test_a_program_that_is_not_there_is_not_launched(job, capfd):
+    assert main(["launch", "-np", "1", "--", "pyton", "a.py"]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: pyton is no program here: expected one on the PATH")
 
 
 def test_logs_overwrite_nothing(job, capfd):

@@ -267,7 +267,7 @@ class Watch(threading.Thread):
         """Print the verdict and write its file; see `Verdict.write`."""
         place = Path(directory) if directory else Here.directory
         more = (
-            f"--resume goes on from the run's last checkpoint; more in {place / FILE}\n"
+            f"--resume goes on from the run's last checkpoint, if it has one; more in {place / FILE}\n"
             if place and verdict.kept
             else ""
         )
