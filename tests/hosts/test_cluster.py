@@ -27,7 +27,7 @@ def test_a_cut_cable_is_silent(cluster):
     assert cluster.run("node1", login, timeout=30).returncode == 0
     cluster.cut("node2")
     told = cluster.run("node1", login, timeout=30)
-    assert told.returncode == 255 and "timed out" in told.stderr or "No route" in told.stderr, told.stderr
+    assert told.returncode == 255 and ("timed out" in told.stderr or "No route" in told.stderr), told.stderr
     cluster.join("node2")
     assert cluster.run("node1", login, timeout=30).returncode == 0
 
