@@ -28,4 +28,5 @@ def pytest_sessionfinish(session, exitstatus):
         terminal.write_line("\nnone of the tests on several hosts could run here: see why below", red=True)
     to_the_end = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     written = results.write(wanted if to_the_end else results.TERMINAL)
-    terminal.write_line(f"\n\n{written}")
+    if written:
+        terminal.write_line(f"\n\n{written}")

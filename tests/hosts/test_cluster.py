@@ -38,6 +38,16 @@ def test_what_is_left_on_another_host_is_found_and_ended(cluster):
     assert not any(cluster.processes(name) for name in NAMES)
 
 
+def test_what_is_started_while_all_is_killed_is_ended_too(cluster):
+    process, _ = cluster.begin("node1", ["sh", "-c", "while :; do setsid sleep 1000 & sleep 0.001; done"])
+    end = time.monotonic() + 30
+    while len(cluster.processes("node1")) < 20 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(cluster.kill_all()["node1"]) >= 20
+    assert not any(cluster.processes(name) for name in NAMES)
+    process.communicate(timeout=30)
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
