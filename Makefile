@@ -62,7 +62,7 @@ help:
 	@echo 'make test    set up, then lint and tests'
 	@echo 'make test-all  the same with the tests marked long'
 	@echo 'make test-hosts  on three hosts made of network namespaces: every recipe by every launcher, a cable that is pulled,'
-	@echo '             slow links; without ARGS writes tests/hosts/results.md: half an hour'
+	@echo '             slow links; without ARGS it writes tests/hosts/results.md: half an hour'
 	@echo 'make fuzz    the tests on random input, with EXAMPLES=100000 each and other ones each time: some hours;'
 	@echo '             ARGS=tests/single/test_hostfile.py: one'
 	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
@@ -123,7 +123,7 @@ test-all: lint fetched
 # A part of the tests is no result to keep: "-" is the terminal.
 test-hosts: setup
 	@$(VENV)/bin/python -m tests.hosts.sshd --again
-	@source $(VENV)/bin/activate && HVDKIT_HOSTS_RESULTS=$(if $(ARGS),-,tests/hosts/results.md) python -m pytest tests/hosts $(ARGS)
+	@source $(VENV)/bin/activate && HVDKIT_HOSTS_RESULTS=$(if $(ARGS)$(PYTEST_ADDOPTS),-,tests/hosts/results.md) python -m pytest tests/hosts $(ARGS)
 
 fuzz: setup
 	@source $(VENV)/bin/activate && HVDKIT_FUZZ=$(EXAMPLES) python -m pytest --hypothesis-profile=fuzz -m hypothesis \
