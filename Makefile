@@ -14,6 +14,7 @@ NP ?= 2
 LAUNCHER ?= horovodrun
 HOSTFILE ?=
 ARGS ?=
+EXAMPLES ?= 100000
 
 comma := ,
 empty :=
@@ -26,7 +27,7 @@ FRAMEWORK ?= $(firstword $(buildable))
 
 refuse_unless = $(if $(filter $(2),$($(1))),,$(error $(1)=$($(1)): choose $(3)))
 
-ifneq ($(filter setup train test test-all test-hosts lint proof bench drills,$(MAKECMDGOALS)),)
+ifneq ($(filter setup train test test-all test-hosts fuzz lint proof bench drills,$(MAKECMDGOALS)),)
   $(foreach name,$(filter-out torch tensorflow keras,$(wanted)),\
     $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
   $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
@@ -53,7 +54,7 @@ endif
 
 # --- targets
 
-.PHONY: help setup train test test-all test-hosts sshd lint proof bench drills
+.PHONY: help setup train test test-all test-hosts fetched fuzz lint proof bench drills
 
 help:
 	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
@@ -61,7 +62,9 @@ help:
 	@echo 'make test    set up, then lint and tests'
 	@echo 'make test-all  the same with the tests marked long'
 	@echo 'make test-hosts  on three hosts made of network namespaces: every recipe by every launcher, a cable that is pulled,'
-	@echo '             slow links; writes tests/hosts/results.md: half an hour'
+	@echo '             slow links; without ARGS it writes tests/hosts/results.md: half an hour'
+	@echo 'make fuzz    the tests on random input, with EXAMPLES=100000 each and other ones each time: some hours;'
+	@echo '             ARGS=tests/single/test_hostfile.py: one'
 	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
 	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
@@ -106,18 +109,25 @@ lint: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# For the tests on several hosts, where the system has none; they are skipped where that fails.
-sshd: setup
+# An ssh server and Slurm's commands for tests, where the system has none; those are skipped where that fails.
+fetched: setup
 	@$(VENV)/bin/python -m tests.hosts.sshd
+	@$(VENV)/bin/python -m tests.slurm
 
-test: lint sshd
+test: lint fetched
 	@source $(VENV)/bin/activate && python -m pytest -m 'not long' $(ARGS)
 
-test-all: lint sshd
+test-all: lint fetched
 	@source $(VENV)/bin/activate && python -m pytest $(ARGS)
 
-test-hosts: setup sshd
-	@source $(VENV)/bin/activate && HVDKIT_HOSTS_RESULTS=tests/hosts/results.md python -m pytest tests/hosts $(ARGS)
+# A part of the tests is no result to keep: "-" is the terminal.
+test-hosts: setup
+	@$(VENV)/bin/python -m tests.hosts.sshd --again
+	@source $(VENV)/bin/activate && HVDKIT_HOSTS_RESULTS=$(if $(ARGS)$(PYTEST_ADDOPTS),-,tests/hosts/results.md) python -m pytest tests/hosts $(ARGS)
+
+fuzz: setup
+	@source $(VENV)/bin/activate && HVDKIT_FUZZ=$(EXAMPLES) python -m pytest --hypothesis-profile=fuzz -m hypothesis \
+	  --timeout 36000 --hypothesis-show-statistics $(or $(ARGS),tests/single)
 
 proof: setup
 	@source $(VENV)/bin/activate && python tests/proof.py $(ARGS)

@@ -11,6 +11,7 @@ all ends with the tests, however those end.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pwd
@@ -25,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tests import packages
 from tests.hosts import namespaces, slow_link, sshd
 from tests.launching import MARK, ROOT, clean_environment, kill_marked
 
@@ -32,10 +34,31 @@ NAMES = ("node1", "node2", "node3")
 NETWORK = "192.0.2"  # kept for documentation (RFC 5737): no real host has such an address
 INTERFACE = "eth0"
 _TOOLS = ("unshare", "nsenter", "ip", "mount", "hostname", "ssh", "ssh-keygen", "env")
+# What the kernel has to permit, and nothing else that could fail; a host is made of namespaces within namespaces.
+_PROBE = "ip link add name br0 type bridge && ip link add name v0 type veth peer name v1 && mount -t tmpfs tmpfs /run"
+_KILLING = 10.0  # seconds in which all processes of a job have to be killed
 
 
-class Unavailable(Exception):
-    """This machine permits no such cluster; its text says what is missing."""
+@functools.cache
+def missing() -> str | None:
+    """What this machine lacks or does not permit for a cluster; None: nothing, so that all else is an error."""
+    if sshd.find() is None:
+        return f"there is no sshd: install openssh-server{packages.why_none(sshd.NAME)}"
+    for tool in _TOOLS:
+        if shutil.which(tool, path=sshd.SBIN) is None:
+            return f"there is no {tool} on the PATH"
+    apart = " ".join(namespaces.APART)
+    line = ["unshare", *_user(), *namespaces.APART, "sh", "-c", f"{_PROBE} && unshare {apart} hostname probe"]
+    environment = {**os.environ, "PATH": sshd.SBIN}
+    tried = subprocess.run(line, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    if tried.returncode == 0:
+        return None
+    return f"namespaces are not permitted here: {[*tried.stderr.strip().splitlines(), 'no reason given'][0][:200]}"
+
+
+def _user() -> list[str]:
+    """Options of unshare's for those who are not root."""
+    return [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
 
 
 class Cluster:
@@ -107,7 +130,7 @@ class Cluster:
         except BaseException:
             self.kill_all()
             kill_marked(mark)
-            process.communicate()
+            process.communicate(timeout=30)
             raise
         left = self.kill_all(grace=grace)
         assert not left, f"still running {grace:g} s after the end: {left}\n{out[-2000:]}{err[-2000:]}"
@@ -160,11 +183,16 @@ class Cluster:
             Hosts to the command lines of what had to be killed.
         """
         end = time.monotonic() + grace
-        while (left := {n: p for n in NAMES if (p := self.processes(n))}) and time.monotonic() < end:
+        while self._left() and time.monotonic() < end:
             time.sleep(0.1)
-        for name in left:
-            self.on(name, "sh", "-c", f"kill -9 {' '.join(map(str, self._inside(left[name])))} 2>&-; true")
-        return {name: list(processes.values()) for name, processes in left.items()}
+        killed: dict[str, dict[int, str]] = {}
+        end = time.monotonic() + _KILLING
+        while (left := self._left()) and time.monotonic() < end:  # what was forked meanwhile is found at the next look
+            for name, processes in left.items():
+                killed.setdefault(name, {}).update(processes)
+                self.on(name, "sh", "-c", f"kill -9 {' '.join(map(str, self._inside(processes)))} 2>&-; true")
+            time.sleep(0.02)
+        return {name: list(processes.values()) for name, processes in killed.items()}
 
     # --- administration
 
@@ -176,6 +204,7 @@ class Cluster:
 
         Raises:
             AssertionError: it failed.
+            RuntimeError: the cluster is no more.
         """
         switch = self._switch
         assert switch is not None and switch.stdin is not None
@@ -210,19 +239,15 @@ class Cluster:
 
     def _start(self) -> None:
         server = sshd.find()
-        missing = [tool for tool in _TOOLS if shutil.which(tool, path=sshd.SBIN) is None]
         if server is None:
-            raise Unavailable(sshd.why_none())
-        if missing:
-            raise Unavailable(f"there is no {missing[0]} on the PATH")
-        _lay_out(self.directory, self.addresses)
+            raise RuntimeError(str(missing()))
+        _lay_out(self.directory, self.addresses, server.settings)
         plan = {
             "hosts": {n: {"address": a, "directory": str(self.directory / n)} for n, a in self.addresses.items()},
             "sshd": server.program,
             "libraries": server.libraries,
         }
-        user = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
-        line = ["unshare", *user, *namespaces.APART, sys.executable, namespaces.__file__, "switch", json.dumps(plan)]
+        line = ["unshare", *_user(), *namespaces.APART, sys.executable, namespaces.__file__, "switch", json.dumps(plan)]
         with (self.directory / "log").open("w") as log:
             pipe = subprocess.PIPE
             environment = {**os.environ, "PATH": sshd.SBIN}
@@ -236,9 +261,12 @@ class Cluster:
         """What the switch says next; it takes no longer than its commands may."""
         line = self._switch.stdout.readline() if self._switch and self._switch.stdout else ""
         if not line:
-            said = (self.directory / "log").read_text().strip().splitlines() or ["nothing"]
-            raise Unavailable(f"namespaces are not permitted here: {said[0][:200]}")
+            said = (self.directory / "log").read_text()[-2000:].strip()
+            raise RuntimeError(f"the cluster has ended: {said or 'nothing says why'}")
         return json.loads(line)
+
+    def _left(self) -> dict[str, dict[int, str]]:
+        return {name: processes for name in NAMES if (processes := self.processes(name))}
 
     def _inside(self, pids: Sequence[int] | Mapping[int, str]) -> list[int]:
         """The numbers that processes have on their own host."""
@@ -265,8 +293,12 @@ def _read(pid: int, name: str) -> str:
         return ""
 
 
-def _lay_out(directory: Path, addresses: Mapping[str, str]) -> None:
-    """The files that hosts have of their own, in a directory each, and a hostfile."""
+def _lay_out(directory: Path, addresses: Mapping[str, str], settings: str) -> None:
+    """The files that hosts have of their own, in a directory each, and a hostfile.
+
+    Args:
+        settings: lines of sshd_config that this server needs.
+    """
     (directory / "hostfile").write_text("".join(f"{name} slots=1\n" for name in addresses))
     key = directory / "key"
     _make_key(key)
@@ -279,7 +311,7 @@ def _lay_out(directory: Path, addresses: Mapping[str, str]) -> None:
     names = "".join(f"{address} {name}\n" for name, address in addresses.items())
     for name in addresses:
         _lay_out_etc(directory / name, names)
-        _lay_out_login(directory / name, key, known)
+        _lay_out_login(directory / name, key, known, settings)
 
 
 def _lay_out_etc(own: Path, names: str) -> None:
@@ -298,7 +330,7 @@ def _lay_out_etc(own: Path, names: str) -> None:
         (own / "etc" / name).write_text(text)
 
 
-def _lay_out_login(own: Path, key: Path, known: str) -> None:
+def _lay_out_login(own: Path, key: Path, known: str, settings: str) -> None:
     """A home from which every host is reached by its name without a password, and the settings of the host's sshd."""
     ssh = own / "home" / ".ssh"
     ssh.mkdir(parents=True)
@@ -311,7 +343,7 @@ def _lay_out_login(own: Path, key: Path, known: str) -> None:
         f"HostKey {own}/host_key\nAuthorizedKeysFile {ssh}/authorized_keys\nStrictModes no\nUsePAM no\n"
         f"PermitRootLogin yes\nPasswordAuthentication no\nPidFile none\nUseDNS no\nMaxStartups 100\n"
         f"ClientAliveInterval 5\nClientAliveCountMax 2\n"  # a login ends whose other side is cut off
-        f"SetEnv TMPDIR={own}/tmp\n"
+        f"SetEnv TMPDIR={own}/tmp\n{settings}"
     )
 
 

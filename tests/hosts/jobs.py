@@ -124,7 +124,7 @@ def train(cluster: Cluster, launcher: str, places: Places, recipe: str, argument
             time.sleep(0.2)
         seconds = time.monotonic() - began
         left = cluster.kill_all(grace=10 if process.poll() is not None else 0)
-        process.wait()
+        process.wait(30)
         printed.seek(0)
         text = printed.read()
     assert process.returncode == 0 and not left, f"{' '.join(command)}: {process.returncode}, {left}\n{text[-3000:]}"

@@ -1,4 +1,8 @@
-"""What the tests on several hosts found, as tables; written to the file that HVDKIT_HOSTS_RESULTS names, if any."""
+"""What the tests on several hosts found, as tables.
+
+HVDKIT_HOSTS_RESULTS names the file for them, or is "-" for the terminal. `make test-hosts` names the file only where
+all of them are to run, so that a part never takes the place of the whole.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+WANTED = "HVDKIT_HOSTS_RESULTS"
+TERMINAL = "-"
 _tables: dict[str, dict[str, dict[str, str]]] = {}  # titles to rows to columns to cells
 
 
@@ -14,11 +20,14 @@ def note(table: str, row: str, column: str, cell: str) -> None:
     _tables.setdefault(table, {}).setdefault(row, {})[column] = cell
 
 
-def write() -> None:
-    """Write all tables, where the file is wanted and there is one."""
-    wanted = os.environ.get("HVDKIT_HOSTS_RESULTS")
-    if wanted and _tables:
-        Path(wanted).write_text("\n\n".join(map(_markdown, _tables)) + "\n")
+def write(wanted: str) -> str:
+    """Write all tables, where there is one, to the file that is wanted; what is for the terminal is returned."""
+    text = "\n\n".join(map(_markdown, _tables))
+    if wanted == TERMINAL or not _tables:
+        return text
+    head = f"Written by `make test-hosts` on {os.cpu_count()} cores; seconds are of a machine that others may use too."
+    Path(wanted).write_text(f"{head}\n\n{text}\n")
+    return f"written to {wanted}"
 
 
 def _markdown(title: str) -> str:

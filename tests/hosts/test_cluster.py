@@ -27,7 +27,7 @@ def test_a_cut_cable_is_silent(cluster):
     assert cluster.run("node1", login, timeout=30).returncode == 0
     cluster.cut("node2")
     told = cluster.run("node1", login, timeout=30)
-    assert told.returncode == 255 and "timed out" in told.stderr or "No route" in told.stderr, told.stderr
+    assert told.returncode == 255 and ("timed out" in told.stderr or "No route" in told.stderr), told.stderr
     cluster.join("node2")
     assert cluster.run("node1", login, timeout=30).returncode == 0
 
@@ -36,6 +36,16 @@ def test_what_is_left_on_another_host_is_found_and_ended(cluster):
     with pytest.raises(AssertionError, match="sleep 1000"):
         cluster.run("node1", ["ssh", "node3", "nohup sleep 1000 > /dev/null 2>&1 &"], timeout=30, grace=1)
     assert not any(cluster.processes(name) for name in NAMES)
+
+
+def test_what_is_started_while_all_is_killed_is_ended_too(cluster):
+    process, _ = cluster.begin("node1", ["sh", "-c", "while :; do setsid sleep 1000 & sleep 0.001; done"])
+    end = time.monotonic() + 30
+    while len(cluster.processes("node1")) < 20 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(cluster.kill_all()["node1"]) >= 20
+    assert not any(cluster.processes(name) for name in NAMES)
+    process.communicate(timeout=30)
 
 
 HOLD = """

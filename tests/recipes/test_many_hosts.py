@@ -1,6 +1,5 @@
 """The scripts and commands of the README's "From one machine to many": read by bash, by sbatch, by hvdkit, and run."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -9,8 +8,9 @@ import uuid
 import pytest
 import yaml
 
+from tests import slurm
 from tests.launching import BIN, MARK, ROOT, clean_environment, kill_marked
-from toolkit import cli, launch
+from toolkit import cli
 
 GUIDE = re.search(r"\n## From one machine to many\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 SLURM, PBS = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
@@ -113,24 +113,17 @@ def test_the_job_runs_as_it_stands_and_goes_on_when_submitted_again(kind, site):
 
 def test_sbatch_takes_the_directives(tmp_path):
     """sbatch reads them all before it asks the controller, which there is none of here."""
-    sbatch = launch._program("sbatch", os.environ)
-    if sbatch is None:
-        pytest.skip("sbatch is not installed")
-    lines = ["ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "NodeName=node[1-2]", "MessageTimeout=1"]
-    (tmp_path / "slurm.conf").write_text("\n".join(lines) + os.environ.get("HVDKIT_SLURM_CONF", "") + "\n")
-    libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    sbatch, needed = slurm.needed("sbatch", tmp_path)
 
     def told(script):
         (tmp_path / "script").write_text(script)
-        environment = {"SLURM_CONF": str(tmp_path / "slurm.conf"), **libraries}
-        return run(tmp_path, sbatch, "script", environment=environment)[0]
+        return run(tmp_path, sbatch, "script", environment=needed)[0]
 
-    reached = "Unable to contact slurm controller"
-    if reached not in (bare := told("#!/bin/bash\ntrue\n")):
+    if slurm.REACHED not in (bare := told("#!/bin/bash\ntrue\n")):
         pytest.skip(f"sbatch does not begin here: {bare.strip().splitlines()[-1:]}")
     assert "unrecognized option" in told(SLURM.replace("--requeue", "--no-such-option"))
     said = told(SLURM)
-    assert reached in said and "option" not in said and "nvalid" not in said
+    assert slurm.REACHED in said and "option" not in said and "nvalid" not in said
 
 
 def parser_of(name):
@@ -143,23 +136,23 @@ def parser_of(name):
 def test_hvdkit_has_the_options(line):
     words = shlex.split(line)
     parser = parser_of(words[1])
-    if parser is None:
-        pytest.skip(f"hvdkit has no {words[1]} yet")
+    assert parser is not None
     options = parser.parse_args(words[2:])
     path = getattr(options, "hostfile", None) or getattr(options, "file", None)
     assert path is None or (ROOT / path).is_file()
 
 
-def test_what_the_commands_of_ssh_hosts_say():
+def test_what_the_commands_of_ssh_hosts_say(site):
+    (site / "hostfiles").symlink_to(ROOT / "hostfiles")
     (check,) = (shlex.split(line) for line in COMMANDS if line.startswith("hvdkit hosts "))
-    printed, code = run(ROOT, *check)
+    printed, code = run(site, *check)
     assert code == 0 and printed.split()[-5:] == ["total", "10", "on", "3", "hosts"]
     (given,) = (shlex.split(line) for line in COMMANDS if "--hostfile" in line and line.startswith("hvdkit launch "))
-    printed, code = run(ROOT, *given[:2], "--dry-run", *given[2:])
+    printed, code = run(site, *given[:2], "--dry-run", *given[2:])
     words = shlex.split(printed)
     assert code == 0 and words[:5] == ["mpirun", "-np", "10", "-H", "node1:4,node2:4,node3:2"]
     assert words[-4:] == ["python", "recipes/cnn_torch.py", "--output", "/shared/runs/1"]
-    assert f"{ROOT}/logs/1" in words and not (ROOT / "logs").exists()
+    assert f"{site}/logs/1" in words and not (site / "logs").exists()
 
 
 def test_the_guide_has_the_commands():

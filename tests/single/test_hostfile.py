@@ -1,6 +1,6 @@
 """Hostfiles and batch systems' environments: what is read, what is refused and in which words, and what is written.
 
-A long hunt: HVDKIT_FUZZ=100000 pytest tests/single/test_hostfile.py --hypothesis-profile=fuzz
+A long hunt: make fuzz
 """
 
 import itertools

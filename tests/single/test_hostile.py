@@ -1,6 +1,6 @@
 """What others may have written: nothing of it does more than be refused in one line.
 
-A long hunt: HVDKIT_FUZZ=20000 pytest tests/single/test_hostile.py --hypothesis-profile=fuzz
+A long hunt: make fuzz EXAMPLES=20000 ARGS=tests/single/test_hostile.py
 """
 
 import copy

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests import slurm
 from tests.launching import ROOT
 from toolkit import ending, launch
 from toolkit.cli import main
@@ -425,22 +426,17 @@ def test_other_launchers_do_without_a_known_mpirun(job, capfd):
 
 def test_srun_takes_the_options(tmp_path):
     """srun reads all options before it asks the controller, which there is none of here."""
-    srun = launch._program("srun", os.environ)
-    if srun is None:
-        pytest.skip("srun is not installed")
-    lines = ["ClusterName=none", "SlurmctldHost=localhost", "SlurmctldPort=1", "NodeName=node[1-2]", "MessageTimeout=1"]
-    (tmp_path / "slurm.conf").write_text("\n".join(lines) + os.environ.get("HVDKIT_SLURM_CONF", "") + "\n")
+    srun, needed = slurm.needed("srun", tmp_path)
 
     def told(*words):
-        environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+        environment = {**os.environ, **needed}
         return subprocess.run([srun, *words], env=environment, capture_output=True, text=True, timeout=60).stderr
 
-    reached = "Unable to contact slurm controller"
-    if reached not in (bare := told("--ntasks=1", "true")):
+    if slurm.REACHED not in (bare := told("--ntasks=1", "true")):
         pytest.skip(f"srun does not begin here: {bare.strip().splitlines()[-1:]}")
     assert "unrecognized option" in told("--no-such-option", "true")
     whole = {"interface": "eth0", "tag_output": True, "log_directory": "/logs"}
     for wanted in ({**TWO, **whole}, {**UNEVEN, "ranks": 9}):
         made = command(Specification(**wanted), SRUN_MPICH, {"PATH": "", "SLURM_CPUS_PER_TASK": "2"})
         said = told(*made.words[1:])
-        assert reached in said and "option" not in said and "nvalid" not in said
+        assert slurm.REACHED in said and "option" not in said and "nvalid" not in said
