@@ -480,7 +480,7 @@ def test_the_hosts_that_are_to_blame(pairs, blamed):
 
 
 def test_one_host_that_is_cut_off_is_not_the_fault_of_the_others(tmp_path, monkeypatch, port):
-    """Its probe runs in a network namespace of its own, with an address that others have for themselves, where nobody listens."""
+    """Its probe runs in a network namespace of its own, with an address that to the others is their own."""
     name = next(
         (name for name, addresses in HERE["interfaces"].items() if any("." in each for each in addresses)), None
     )
