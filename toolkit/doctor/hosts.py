@@ -33,6 +33,9 @@ _UNANSWERED = {
 }
 
 
+_Pairs = dict[tuple[str, str], str | None]  # who connects, and to whom; None: it does, or else why not
+
+
 @dataclass(frozen=True)
 class Look:
     """What is wanted.
@@ -272,16 +275,7 @@ async def _between(all_seen: Sequence[Seen], job: Look) -> None:
     doors = dict(
         zip(there, await asyncio.gather(*(_door(seen, addresses, job) for seen in there.values())), strict=True)
     )
-    asked = {name: [other for other in _others(list(there), name) if doors[other]] for name in there}
-    heard = await asyncio.gather(*(_knock(there[name], [doors[n] for n in asked[name]], job) for name in there))
-    pairs: dict[tuple[str, str], str | None] = {}  # who connects, to whom; None: it does
-    gone = set()
-    for name, reasons in zip(there, heard, strict=True):
-        if reasons is None:
-            gone.add(name)
-        else:
-            pairs |= {(name, other): reason for other, reason in zip(asked[name], reasons, strict=True)}
-    pairs = {pair: reason for pair, reason in pairs.items() if not gone.intersection(pair)}
+    pairs, gone = await _tried(there, doors, job)
     blamed = to_blame(pair for pair, reason in pairs.items() if reason is not None)
     for name, seen in there.items():
         seen.stage = "connections"
@@ -294,6 +288,20 @@ async def _between(all_seen: Sequence[Seen], job: Look) -> None:
             seen.note(False, f"can't listen on a free port at {address}", fix)
         else:
             _note_connections(seen, pairs, name in blamed, address)
+
+
+async def _tried(there: Mapping[str, Seen], doors: Mapping[str, list | None], job: Look) -> tuple[_Pairs, set[str]]:
+    """Which hosts connect to which, and the hosts that don't answer any more, which are in no pair."""
+    asked = {name: [other for other in _others(list(there), name) if doors[other]] for name in there}
+    heard = await asyncio.gather(*(_knock(there[name], [doors[n] for n in asked[name]], job) for name in there))
+    pairs: _Pairs = {}
+    gone = set()
+    for name, reasons in zip(there, heard, strict=True):
+        if reasons is None:
+            gone.add(name)
+        else:
+            pairs |= {(name, other): reason for other, reason in zip(asked[name], reasons, strict=True)}
+    return {pair: reason for pair, reason in pairs.items() if not gone.intersection(pair)}, gone
 
 
 def to_blame(pairs: Iterable[tuple[str, str]]) -> set[str]:
@@ -345,7 +353,7 @@ async def _knock(seen: Seen, doors: Sequence[list | None], job: Look) -> list[st
     return [None if reason is None else str(reason) for reason in told]
 
 
-def _note_connections(seen: Seen, pairs: Mapping[tuple[str, str], str | None], blamed: bool, address: str) -> None:
+def _note_connections(seen: Seen, pairs: _Pairs, blamed: bool, address: str) -> None:
     name = seen.host.name
     reached_by = {one: reason for (one, other), reason in pairs.items() if other == name}
     if not blamed:
