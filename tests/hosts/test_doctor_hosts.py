@@ -42,7 +42,9 @@ def test_all_is_well(cluster):
 def test_one_host_that_is_another_machine(cluster):
     """The all-reduce runs there, and not only here."""
     hosts = ("-H", f"{getpass.getuser()}@node2:2")
-    code, checks = doctor(cluster, "-np", "2", "--ssh-port", "22", hosts=hosts)
+    key = cluster.directory / "node1/home/.ssh/id_ed25519"
+    key = key.rename(key.with_name("of-another-name"))
+    code, checks = doctor(cluster, "-np", "2", "--ssh-port", "22", "--ssh-key", key, hosts=hosts)
     assert code == 0 and not wrong(checks), [checks[key] for key in wrong(checks)]
     assert checks["cores", "node2"]["found"].endswith(" for 2 ranks")
     assert "right on 2 ranks" in checks["torch over hosts", ""]["found"]
