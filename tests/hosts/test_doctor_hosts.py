@@ -1,5 +1,6 @@
 """`hvdkit doctor` on three hosts: well, and with one fault at a time."""
 
+import getpass
 import json
 import sys
 import sysconfig
@@ -13,9 +14,10 @@ from tests.launching import BIN, ROOT
 SITE = Path(sysconfig.get_path("purelib"))
 
 
-def doctor(cluster, *options, timeout=240):
+def doctor(cluster, *options, hosts=(), timeout=240):
     """Exit code, and checks by name and host; of one framework, as the other would only take longer."""
-    line = [sys.executable, "-m", "toolkit.cli", "doctor", "--hostfile", cluster.hostfile, "--json", *options]
+    which = hosts or ("--hostfile", cluster.hostfile)
+    line = [sys.executable, "-m", "toolkit.cli", "doctor", *which, "--json", *options]
     told = cluster.run("node1", [*line, "--framework", "torch"], timeout=timeout)
     checks = json.loads(told.stdout)["checks"]
     assert not told.stderr.strip()
@@ -34,6 +36,34 @@ def test_all_is_well(cluster):
         assert all(checks[name, host]["ok"] for host in NAMES), name
     assert [checks["ssh", host]["ok"] for host in NAMES] == [None, True, True]
     assert f"{INTERFACE} in 192.0.2.0/24" in checks["interface", "node3"]["found"]
+    assert checks["connections", "node3"]["found"] == "reached by 2 other hosts on free ports"
+
+
+def test_one_host_that_is_another_machine(cluster):
+    """The all-reduce runs there, and not only here."""
+    hosts = ("-H", f"{getpass.getuser()}@node2:2")
+    key = cluster.directory / "node1/home/.ssh/id_ed25519"
+    key = key.rename(key.with_name("of-another-name"))
+    code, checks = doctor(cluster, "-np", "2", "--ssh-port", "22", "--ssh-key", key, hosts=hosts)
+    assert code == 0 and not wrong(checks), [checks[key] for key in wrong(checks)]
+    assert checks["cores", "node2"]["found"].endswith(" for 2 ranks")
+    assert "right on 2 ranks" in checks["torch over hosts", ""]["found"]
+    code, checks = doctor(cluster, "-np", "1", hosts=("-H", "node1"))
+    assert code == 0 and "the one host is this machine" in checks["torch over hosts", ""]["found"]
+    cluster.cut("node2")
+    code, checks = doctor(cluster, "--timeout", "5", hosts=("-H", "node2"))
+    assert code == 1 and "too few are well" in checks["torch over hosts", ""]["found"]
+
+
+def test_an_all_reduce_that_fails_has_its_reason(cluster, tmp_path):
+    """Open MPI's daemon can't be run on one host, which no check before looks at."""
+    nothing = tmp_path / "orted"
+    nothing.write_text("")
+    cluster.bind("node2", nothing, (BIN / "orted").resolve())
+    code, checks = doctor(cluster)
+    assert code == 1 and wrong(checks) == {("torch over hosts", "")}, [checks[key] for key in wrong(checks)]
+    check = checks["torch over hosts", ""]
+    assert "orted: Permission denied" in check["found"] and check["fix"].endswith("all_reduce torch 3"), check
 
 
 def down(cluster, place):
@@ -110,7 +140,14 @@ FAULTS = [
     (other_torch, "packages", ["node2"], "torch 1.", "pip freeze", WITHOUT),
     (clock_ahead, "clock", ["node2"], "90 s ahead of", "chronyc", ALL),
     (other_data, "data", ["node2"], "differs from this machine's: digits.csv.gz", "copy the files", ALL),
-    (other_interface, "interface", ["node2"], "has ib0 (192.0.2.2/24); the others eth0", "ip link set", ALL),
+    (
+        other_interface,
+        "interface",
+        ["node2"],
+        "has ib0 (192.0.2.2/24); the others eth0",
+        "btl_tcp_if_include 192.0.2.0/24",
+        ALL,
+    ),
     (no_way_between, "connections", ["node2", "node3"], "not reached at 192.0.2", "open all TCP ports", "too few"),
 ]
 SHORT = (no_key, clock_ahead)

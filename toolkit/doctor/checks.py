@@ -25,8 +25,8 @@ class Check:
         name: what was looked at, the same for all hosts.
         host: on which host; all of them: "".
         ok: None where it does not apply.
-        found: one line.
-        fix: what to do, one line; where `ok` is False there is one.
+        found: one line, cut where it is too long.
+        fix: what to do, one line, and whole, as it may be a command; where `ok` is False there is one.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Check:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("host", "found", "fix"):
-            object.__setattr__(self, name, one_line(getattr(self, name)))
+        for name, most in (("host", _LONGEST), ("found", _LONGEST), ("fix", sys.maxsize)):
+            object.__setattr__(self, name, one_line(getattr(self, name), most))
 
 
 def one_line(text: str, most: int = _LONGEST) -> str:

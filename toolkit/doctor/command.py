@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolkit import hostfile, launch
@@ -17,7 +17,7 @@ from toolkit.doctor.checks import Check, document, show
 from toolkit.doctor.login import Ssh
 from toolkit.errors import UsageError
 from toolkit.hostfile import Host
-from toolkit.launch import Specification
+from toolkit.launch import Installed, Specification
 
 _MOST_SECONDS = 3600.0
 
@@ -55,12 +55,22 @@ def add_to(commands: Any) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     plan = _Plan(options)
+    # Before anything is begun: they take the whole process.
+    facts, mpirun = probe.facts(os.getcwd(), plan.data_dir), _mpirun()
+    told: list[int] = []
     try:
-        return asyncio.run(_look(plan, options.json))
+        return asyncio.run(_look(plan, options.json, facts, mpirun, told))
     except asyncio.CancelledError:
-        return 128 + signal.SIGTERM
+        return 128 + told[0]
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _mpirun() -> Installed | UsageError:
+    try:
+        return launch.find("mpirun", os.environ)
+    except UsageError as error:
+        return error
 
 
 class _Plan:
@@ -108,9 +118,11 @@ class _Plan:
         )
 
 
-async def _look(plan: _Plan, as_json: bool) -> int:
-    """All checks, shown as they are done; the exit code."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
+async def _look(
+    plan: _Plan, as_json: bool, facts: Mapping[str, Any], mpirun: Installed | UsageError, told: list[int]
+) -> int:
+    """All checks, shown as they are done; the exit code. A signal that ends them is noted in `told`."""
+    _end_on_signals(told)
     began = time.monotonic()
     everything: list[Check] = []
 
@@ -119,36 +131,51 @@ async def _look(plan: _Plan, as_json: bool) -> int:
         if not as_json:
             show(checks)
 
-    facts = probe.facts(os.getcwd(), plan.data_dir)
     looking = asyncio.ensure_future(hosts.look(plan.hosts, plan.of_hosts(), facts)) if plan.hosts else None
     try:
-        async for check in local.look(facts, plan.ranks_here, plan.frameworks):
+        async for check in local.look(facts, mpirun, plan.ranks_here, plan.frameworks):
             tell([check])
-        frameworks = [name for name in plan.frameworks if facts["packages"][name] and name in facts["built_for"]]
+        tried = {check.name for check in everything if check.ok is not None}
+        frameworks = [name for name in plan.frameworks if f"horovod for {name}" in tried]
         for framework in frameworks:
-            tell([await measure.check(framework, (), {"interface": None, "ssh_port": None, "ssh_key": None})])
+            tell([await measure.check(framework, (), {}, mpirun)])
         if looking is not None:
-            checks, healthy = await looking
-            tell(checks)
+            all_seen = await looking
+            tell([check for seen in all_seen for check in seen.checks])
             for framework in frameworks:
-                tell([await _over_hosts(framework, plan, healthy)])
+                tell([await _over_hosts(framework, plan, all_seen, mpirun)])
     finally:
         if looking is not None:
             looking.cancel()
     return _end(everything, time.monotonic() - began, as_json)
 
 
-def _cancel(task: asyncio.Task | None) -> None:
-    if task is not None:
-        task.cancel()
+def _end_on_signals(told: list[int]) -> None:
+    """Let this task be cancelled, and all that it began be ended, where the process is told to stop."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def end(number: int) -> None:
+        if task is not None and not told:  # a terminal that is closed may tell twice
+            told.append(number)
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wishes
+            loop.add_signal_handler(number, end, number)
 
 
-async def _over_hosts(framework: str, plan: _Plan, healthy: Sequence[Host]) -> Check:
-    left_out = [host.name for host in plan.hosts if host not in healthy]
-    if len(healthy) < 2:
-        why = f"{len(plan.hosts)} host, which the one above tells of" if len(plan.hosts) == 1 else "too few are well"
+async def _over_hosts(
+    framework: str, plan: _Plan, all_seen: Sequence[hosts.Seen], mpirun: Installed | UsageError
+) -> Check:
+    job = plan.of_hosts()
+    healthy = [seen.host for seen in all_seen if seen.healthy(job)]
+    left_out = [seen.host.name for seen in all_seen if seen.host not in healthy]
+    why = "too few are well" if len(healthy) < min(2, len(all_seen)) else ""
+    if len(all_seen) == 1 and all_seen[0].here and healthy:
+        why = "the one host is this machine, and the one above tells of it"
+    if why:
         return Check(f"{framework} over hosts", "", None, f"left out: {why}")
-    found = await measure.check(framework, healthy, plan.given)
+    found = await measure.check(framework, healthy, plan.given, mpirun)
     more = f"; without {', '.join(left_out[:4])}{' …' if len(left_out) > 4 else ''}" if left_out else ""
     return Check(found.name, "", found.ok, found.found + more, found.fix)
 

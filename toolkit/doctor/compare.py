@@ -34,9 +34,11 @@ def clock(ahead: float, uncertainty: float, host: str) -> Check:
         uncertainty: seconds by which `ahead` may be off.
         host: its name.
     """
-    ok = abs(ahead) - uncertainty <= MOST_SKEW
-    if ok:
+    if abs(ahead) + uncertainty <= MOST_SKEW:
         return Check("clock", host, True, f"within {max(0.001, abs(ahead) + uncertainty):.2g} s of this one's")
+    if abs(ahead) - uncertainty <= MOST_SKEW:
+        hint = "look at it by hand, `date` there and here: the way to the host is slow"
+        return Check("clock", host, None, f"can't be told closer than ± {uncertainty:.2g} s", hint)
     found = f"{abs(ahead):.3g} s {'ahead of' if ahead > 0 else 'behind'} this one's (± {uncertainty:.2g} s)"
     fix = (
         "set it: `chronyc makestep`, and let NTP keep it; till then times of files and logs of several hosts can't be "
@@ -144,8 +146,8 @@ def interfaces(hosts: Mapping[str, Facts], wanted: str | None) -> tuple[list[Che
             continue
         shown = ", ".join(f"{kind} ({each[0]})" for kind, each in everything.items() if each) or "none with an address"
         others = f"{name} ({subnet})" if name and subnet else "none in common"
-        fix = f"give it the others' name: `ip link set OLD name {name or 'eth0'}`; without that use mpirun without "
-        fix += f"--interface, or its own `--mca btl_tcp_if_include {subnet or 'SUBNET'}`, and not horovodrun"
+        fix = f"use mpirun without --interface, or its own `--mca btl_tcp_if_include {subnet or 'SUBNET'}`, and not "
+        fix += f"horovodrun; or ask your administrator for one name on all hosts, {name or 'such as eth0'}"
         checks.append(Check("interface", host, False, f"has {shown}; the others {others}", fix))
     return checks, addresses
 
@@ -166,7 +168,7 @@ def _networks(texts: list[str]) -> list[Any]:
     found = []
     for text in texts:
         with contextlib.suppress(ValueError):
-            found.append(ipaddress.ip_interface(text))
+            found.append(ipaddress.ip_interface(str(text)))  # of a number it makes one too
     return found
 
 

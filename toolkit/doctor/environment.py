@@ -49,11 +49,11 @@ def report(environ: Mapping[str, str]) -> dict[str, str]:
     found |= {f"horovod built with {name}": text for name, text in read_stamp().items() if text and name != "recipe"}
     path, says = facts["mpirun"] or ("", "none")
     found["mpirun"] = f"{(says.splitlines() or [''])[0]} {path}".strip()
-    count, quota = facts["cores"]
+    count, usable = facts["cores"]
     found |= {
         "system": f"{_distribution()}; {platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
-        "cores": f"{count}" + ("" if quota is None else f", quota {quota:g}") + f"; {_processor()}",
+        "cores": f"{count}" + ("" if usable == count else f", of which a quota allows {usable}") + f"; {_processor()}",
         "memory": amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         "/dev/shm": amount(facts["shm"][1]) + " free" if facts["shm"] else "none",
     }

@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from toolkit.hostfile import Host
 _AT_ONCE = 64  # logins
 _ALL_PAIRS = 16  # hosts up to which each connects to each; of more, each to the next ones in a ring
 _NEXT = 4
+_LATE = 2.0  # seconds beyond its time in which a host may tell what it did not reach
 # Without these a host can't take part in an all-reduce; with another clock or other data it can.
 _NEEDED = ("name resolution", "ssh port", "ssh", "python", "probe", "packages", "toolkit", "mpirun", "connections")
 _UNANSWERED = {
@@ -29,6 +31,9 @@ _UNANSWERED = {
     "ssh": "look where `{hand}` hangs: the host may be overloaded, or its home directory away",
     "probe": "look whether the file system with {python} answers there, or give a longer --timeout",
 }
+
+
+_Pairs = dict[tuple[str, str], str | None]  # who connects, and to whom; None: it does, or else why not
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,20 @@ class Look:
 
 @dataclass
 class Seen:
-    """A host, and what has been found of it so far; `stage` is what is being looked at."""
+    """A host, and what has been found of it so far.
+
+    Attributes:
+        host: which one.
+        stage: what is being looked at.
+        here: whether it is this machine.
+        checks: so far.
+        peer: the probe there, once it is begun.
+        facts: what it told; None: nothing that could be read.
+    """
 
     host: Host
     stage: str = "name resolution"
+    here: bool = False
     checks: list[Check] = field(default_factory=list)
     peer: Peer | None = None
     facts: dict[str, Any] | None = None
@@ -79,7 +94,7 @@ class _Failed(Exception):
     """A stage has failed and been noted, and those after it need it."""
 
 
-async def look(hosts: Sequence[Host], job: Look, here: compare.Facts) -> tuple[list[Check], list[Host]]:
+async def look(hosts: Sequence[Host], job: Look, here: compare.Facts) -> list[Seen]:
     """Look at all hosts at the same time.
 
     Args:
@@ -88,7 +103,7 @@ async def look(hosts: Sequence[Host], job: Look, here: compare.Facts) -> tuple[l
         here: this machine's facts.
 
     Returns:
-        The checks, in the same order on each host, and the hosts that can take part in an all-reduce.
+        What was seen of each, with the checks in the same order.
     """
     all_seen = [Seen(host) for host in hosts]
     turn = asyncio.Semaphore(_AT_ONCE)
@@ -102,7 +117,7 @@ async def look(hosts: Sequence[Host], job: Look, here: compare.Facts) -> tuple[l
         await _between(all_seen, job)
     finally:
         await asyncio.gather(*(seen.peer.close() for seen in all_seen if seen.peer is not None))
-    return [check for seen in all_seen for check in seen.checks], [seen.host for seen in all_seen if seen.healthy(job)]
+    return all_seen
 
 
 async def _look_at(seen: Seen, job: Look, here: compare.Facts) -> None:
@@ -130,6 +145,7 @@ async def _reach(seen: Seen, job: Look, here: compare.Facts) -> None:
     if host.name in _own_names() or any(address in _own_addresses(here) for address in addresses):
         for seen.stage in ("ssh port", "ssh"):
             seen.note(None, "this machine")
+        seen.here = True
         seen.peer = Peer()
         await seen.peer.begin()
         return
@@ -168,21 +184,22 @@ def _own_addresses(here: compare.Facts) -> set[str]:
 
 
 async def _ssh_port(seen: Seen, addresses: Sequence[str], port: int) -> None:
-    reason = ""
+    reasons = []
     for address in addresses:
         try:
             said = await login.greeting(address, port)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-            continue
-        if said.startswith(b"SSH-"):
-            seen.note(True, f"answers at port {port}")
-            return
-        reason = f"it says {ascii(said[:40])}, which is not ssh's greeting"
+        else:
+            if said.startswith(b"SSH-"):
+                seen.note(True, f"answers at port {port}")
+                return
+            reason = f"it says {ascii(said[:40])}, which is not ssh's greeting"
+        reasons.append(f"{address} port {port}: {reason}")
     fix = "start sshd there (`systemctl start sshd`), or give its port with --ssh-port"
-    if "refused" not in reason and "greeting" not in reason:
+    if not any("refused" in reason or "greeting" in reason for reason in reasons):
         fix = _UNANSWERED["ssh port"]
-    seen.note(False, f"{addresses[0]} port {port}: {reason}", fix)
+    seen.note(False, "; ".join(reasons), fix)
     raise _Failed
 
 
@@ -216,6 +233,7 @@ async def _examine(seen: Seen, job: Look, here: compare.Facts) -> None:
     try:
         skew = compare.clock(*await peer.clock(), name)
         facts = await peer.become_probe(job.environment, job.directory, job.data_dir)
+        judged = judge(here, facts, name, job.ranks.get(name))
     except NoAnswer as error:
         if peer.python != here["python"][0]:
             seen.stage = "python"
@@ -228,7 +246,20 @@ async def _examine(seen: Seen, job: Look, here: compare.Facts) -> None:
             )
         raise _Failed from None
     seen.facts = facts
-    seen.checks += [*compare.same(here, facts, name), skew, *resources(facts, name, job.ranks.get(name))]
+    seen.checks += [*judged, skew]
+
+
+def judge(here: compare.Facts, facts: compare.Facts, host: str, ranks: int | None) -> list[Check]:
+    """A host's facts against this machine's, and against the ranks that are planned there.
+
+    Raises:
+        NoAnswer: they don't have the form of `probe.facts`.
+    """
+    try:
+        compare.interfaces({host: facts}, None)  # compared later, with the others'
+        return [*compare.same(here, facts, host), *resources(facts, host, ranks)]
+    except Exception as error:  # another host's words, in which anything may be
+        raise NoAnswer(f"its facts are of another form ({type(error).__name__}: {error})") from None
 
 
 async def _between(all_seen: Sequence[Seen], job: Look) -> None:
@@ -244,16 +275,49 @@ async def _between(all_seen: Sequence[Seen], job: Look) -> None:
     doors = dict(
         zip(there, await asyncio.gather(*(_door(seen, addresses, job) for seen in there.values())), strict=True)
     )
-    asked = {name: _others(list(there), name) for name in there}
-    heard = await asyncio.gather(*(_knock(there[name], [doors[n] for n in asked[name]], job) for name in there))
-    unreached: dict[str, dict[str, str]] = {name: {} for name in there}
-    for name, reasons in zip(there, heard, strict=True):
-        for other, reason in zip(asked[name], reasons, strict=True):
-            if reason is not None and doors[other] is not None:
-                unreached[other][name] = reason
+    pairs, gone = await _tried(there, doors, job)
+    blamed = to_blame(pair for pair, reason in pairs.items() if reason is not None)
     for name, seen in there.items():
         seen.stage = "connections"
-        _note_connections(seen, doors[name], unreached[name], addresses.get(name, "no address"))
+        address = addresses.get(name, "no address")
+        if name in gone:
+            fix = f"look whether `{job.ssh.by_hand(seen.host)}` still works: it may have been cut off"
+            seen.note(False, "it does not answer any more", fix)
+        elif doors[name] is None:
+            fix = "give it a network address that others reach"
+            seen.note(False, f"can't listen on a free port at {address}", fix)
+        else:
+            _note_connections(seen, pairs, name in blamed, address)
+
+
+async def _tried(there: Mapping[str, Seen], doors: Mapping[str, list | None], job: Look) -> tuple[_Pairs, set[str]]:
+    """Which hosts connect to which, and the hosts that don't answer any more, which are in no pair."""
+    asked = {name: [other for other in _others(list(there), name) if doors[other]] for name in there}
+    heard = await asyncio.gather(*(_knock(there[name], [doors[n] for n in asked[name]], job) for name in there))
+    pairs: _Pairs = {}
+    gone = set()
+    for name, reasons in zip(there, heard, strict=True):
+        if reasons is None:
+            gone.add(name)
+        else:
+            pairs |= {(name, other): reason for other, reason in zip(asked[name], reasons, strict=True)}
+    return {pair: reason for pair, reason in pairs.items() if not gone.intersection(pair)}, gone
+
+
+def to_blame(pairs: Iterable[tuple[str, str]]) -> set[str]:
+    """Hosts that explain why some pairs have no connection, few of them.
+
+    Those with the most such pairs, and again of the pairs that are left: a host that none reaches is not the others'
+    fault. Of hosts with equally many, as the two of a single pair, all: each may be the one.
+    """
+    left = {frozenset(pair) for pair in pairs}
+    found: set[str] = set()
+    while left:
+        counts = Counter(name for pair in left for name in pair)
+        most = max(counts.values())
+        found |= {name for name, count in counts.items() if count == most}
+        left = {pair for pair in left if not pair & found}
+    return found
 
 
 def _others(names: list[str], name: str) -> list[str]:
@@ -275,29 +339,36 @@ async def _door(seen: Seen, addresses: Mapping[str, str], job: Look) -> list | N
     return [address, port, seen.peer.token] if isinstance(port, int) else None
 
 
-async def _knock(seen: Seen, doors: Sequence[list | None], job: Look) -> list:
-    """For each door None, or why this host does not reach it."""
-    there = [door for door in doors if door is not None]
-    reasons: list[Any] = ["it does not answer any more"] * len(there)
-    if seen.peer is not None and there:
-        try:
-            asked = {"knock": there, "seconds": job.seconds}
-            told = (await asyncio.wait_for(seen.peer.ask(asked), job.seconds + 1)).get("reasons")
-            if isinstance(told, list) and len(told) == len(there):
-                reasons = [None if reason is None else str(reason) for reason in told]
-        except (NoAnswer, asyncio.TimeoutError):
-            pass
-    found = iter(reasons)
-    return [None if door is None else next(found) for door in doors]
+async def _knock(seen: Seen, doors: Sequence[list | None], job: Look) -> list[str | None] | None:
+    """For each door None, or why this host does not reach it; None where the host does not answer any more."""
+    if seen.peer is None or not doors:
+        return []
+    try:
+        answer = await asyncio.wait_for(seen.peer.ask({"knock": doors, "seconds": job.seconds}), job.seconds + _LATE)
+    except (NoAnswer, asyncio.TimeoutError):
+        return None
+    told = answer.get("reasons")
+    if not isinstance(told, list) or len(told) != len(doors):
+        return None
+    return [None if reason is None else str(reason) for reason in told]
 
 
-def _note_connections(seen: Seen, door: list | None, unreached: Mapping[str, str], address: str) -> None:
-    if door is None:
-        seen.note(False, f"can't listen on a free port at {address}", "give it a network address that others reach")
-    elif unreached:
-        names = ", ".join(sorted(unreached)[:4]) + (" …" if len(unreached) > 4 else "")
-        fix = "open all TCP ports between the hosts, in firewalls and security groups: MPI and Gloo take free ones; or "
-        fix += "name another network with --interface"
-        seen.note(False, f"not reached at {address} by {names} ({next(iter(unreached.values()))})", fix)
-    else:
-        seen.note(True, "reached by the others on free ports")
+def _note_connections(seen: Seen, pairs: _Pairs, blamed: bool, address: str) -> None:
+    name = seen.host.name
+    reached_by = {one: reason for (one, other), reason in pairs.items() if other == name}
+    if not blamed:
+        count = sum(reason is None for reason in reached_by.values())
+        if count:
+            seen.note(True, f"reached by {count} other host{'' if count == 1 else 's'} on free ports")
+        else:
+            seen.note(None, "none of the other hosts is left to reach it")
+        return
+    what = f"not reached at {address} by"
+    failed = {one: reason for one, reason in reached_by.items() if reason is not None}
+    if not failed:
+        what = "does not reach"
+        failed = {other: reason for (one, other), reason in pairs.items() if one == name and reason is not None}
+    names = ", ".join(sorted(failed)[:4]) + (" …" if len(failed) > 4 else "")
+    fix = f"look whether {address} is up, and open all TCP ports between it and the other hosts, in firewalls and "
+    fix += "security groups: MPI and Gloo take free ones; or name another network with --interface"
+    seen.note(False, f"{what} {names} ({next(iter(failed.values()))})", fix)

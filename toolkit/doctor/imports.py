@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 MARK = "hvdkit-imports "
-WHAT = ("torch", "tensorflow", "mpi4py")
 _LONGEST_VERSION = 8192  # bytes; MPI_MAX_LIBRARY_VERSION_STRING of MPICH, the longest
 
 
@@ -20,7 +19,7 @@ def found(what: str) -> dict[str, Any]:
     """What importing shows; an import that fails has its reason in place of its version.
 
     Args:
-        what: one of `WHAT`. keras comes with its backend, TensorFlow or else torch.
+        what: torch, tensorflow or mpi4py. keras comes with its backend, TensorFlow or else torch.
     """
     if what == "mpi4py":
         return {"mpi4py": _tried(_mpi4py), **_mpi()}

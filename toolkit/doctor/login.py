@@ -2,7 +2,7 @@
 
 Nothing is asked for and no known_hosts is changed: ssh's BatchMode refuses a host whose key is not known, where it
 would otherwise ask, and UpdateHostKeys, which writes without asking, is off. Where ssh's own configuration accepts new
-keys (`StrictHostKeyChecking accept-new` or `no`), that holds here as for the launchers, and is told.
+keys (`StrictHostKeyChecking accept-new` or `no`), that holds here as for the launchers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shlex
 import socket
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 from toolkit.doctor import processes
 from toolkit.doctor.checks import one_line
@@ -31,9 +30,11 @@ class Ssh:
 
     def options(self, host: Host) -> list[str]:
         """Port, key and user."""
+        return self._way() + ([] if host.user is None else ["-l", host.user])
+
+    def _way(self) -> list[str]:
         words = [] if self.port is None else ["-p", str(self.port)]
-        words += [] if self.key is None else ["-i", self.key]
-        return words + ([] if host.user is None else ["-l", host.user])
+        return words + ([] if self.key is None else ["-i", self.key])
 
     def command(self, host: Host, seconds: float) -> list[str]:
         """The words before a command for the host."""
@@ -50,6 +51,10 @@ class Ssh:
     def by_hand(self, host: Host) -> str:
         """What a user types to log in."""
         return shlex.join(["ssh", *self.options(host), host.name])
+
+    def copy_by_hand(self, host: Host) -> str:
+        """What a user types to bring the public key there; ssh-copy-id takes no `-l`."""
+        return shlex.join(["ssh-copy-id", *self._way(), host.name if host.user is None else f"{host.user}@{host.name}"])
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,11 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "its host key is unknown",
         "log in once by hand, `{hand}`, compare the fingerprint with the site's, and accept it",
     ),
+    (  # ssh goes on without the key, and is then refused too
+        "Identity file .* not accessible|UNPROTECTED PRIVATE KEY|bad permissions",
+        "the private key can't be used ({said})",
+        "name a key with --ssh-key that exists and that only you may read: chmod 600 FILE",
+    ),
     (
         r"Permission denied",
         "no login without a password ({said})",
@@ -142,11 +152,6 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "and `ssh-add`",
     ),
     ("Too many authentication failures", "it refuses after too many keys", "name the right key with --ssh-key FILE"),
-    (
-        "Identity file .* not accessible|UNPROTECTED PRIVATE KEY|bad permissions",
-        "the private key can't be used ({said})",
-        "name a key with --ssh-key that exists and that only you may read: chmod 600 FILE",
-    ),
 )
 
 
@@ -162,11 +167,12 @@ def reason(ssh: Ssh, host: Host, code: int, said: str) -> tuple[str, str]:
     hand = ssh.by_hand(host)
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("Warning: Permanently")]
     last = one_line(lines[-1] if lines else "nothing said", 160)
-    copy = shlex.join(["ssh-copy-id", *ssh.options(host), host.name])
     if code == 255:
         for pattern, found, fix in _REASONS:
             if re.search(pattern, said):
-                words: dict[str, Any] = {"name": host.name, "hand": hand, "copy": copy, "said": last}
+                telling = next((line for line in reversed(lines) if re.search(pattern, line)), last)
+                words = {"name": host.name, "hand": hand, "copy": ssh.copy_by_hand(host)}
+                words["said"] = one_line(telling, 160)
                 return found.format(**words), fix.format(**words)
         return f"ssh fails ({last})", f"make `{hand}` work by hand first"
     return f"the login works, and then exit code {code} ({last})", f"try by hand: {hand} true"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,53 +14,62 @@ from toolkit.doctor import all_reduce, processes
 from toolkit.doctor.checks import Check, one_line
 from toolkit.doctor.resources import amount
 from toolkit.errors import UsageError
-from toolkit.horovod_build.logged import first_error
 from toolkit.hostfile import Host
-from toolkit.launch import Specification
+from toolkit.launch import Installed, Specification
 
 SECONDS = 120.0  # that one may take, most of it to import the framework on every host
 
 
-async def check(framework: str, hosts: Sequence[Host], given: Mapping[str, Any]) -> Check:
-    """An all-reduce of one rank on each host; without hosts, of 2 ranks on this machine.
+async def check(
+    framework: str, hosts: Sequence[Host], given: Mapping[str, Any], mpirun: Installed | UsageError
+) -> Check:
+    """An all-reduce of one rank on each host, or 2 on a single one; without hosts, of 2 ranks on this machine.
 
     Args:
         framework: torch or tensorflow.
         hosts: that can take part.
         given: the interface and ssh's port and key, as `launch.Specification` has them.
+        mpirun: what there is to launch with, or why there is nothing.
     """
-    ranks = len(hosts) or 2
     label = f"{framework} over hosts" if hosts else f"{framework} all-reduce"
+    if isinstance(mpirun, UsageError):
+        return Check(label, "", False, "there is no mpirun to start it", "mend that first: see mpirun above")
+    ranks = max(2, len(hosts))
     try:
         made = launch.command(
             Specification(
                 command=(sys.executable, "-m", all_reduce.__name__, framework, str(ranks)),
                 directory=os.getcwd(),
-                hosts=tuple(Host(host.name, 1, None, host.user) for host in hosts),
+                hosts=tuple(Host(host.name, ranks // len(hosts), None, host.user) for host in hosts),
                 ranks=ranks,
                 **given,
             ),
-            launch.find("mpirun", os.environ),
+            mpirun,
             os.environ,
         )
     except UsageError as error:
-        return Check(label, "", False, str(error), "mend that first: see mpirun above")
+        found, _, fix = str(error).rpartition(": ")
+        return Check(label, "", False, found or fix, fix)
     ended = await processes.run(made.words, SECONDS, {**os.environ, **made.environment})
+    return _outcome(label, ended, f"by hand: {made}")
+
+
+def _outcome(label: str, ended: processes.Ended, fix: str) -> Check:
     answers = [_answer(line) for line in ended.out.splitlines() if line.startswith(all_reduce.MARK)]
-    failed = [answer for answer in answers if "error" in answer]
-    fix = f"by hand: {made}"
+    failed = [f"{one.get('host')}: {one_line(str(one['error']), 200)}" for one in answers if "error" in one]
     if failed:
-        told = "; ".join(
-            dict.fromkeys(f"{answer.get('host')}: {one_line(str(answer['error']), 200)}" for answer in failed)
-        )
-        return Check(label, "", False, told, fix)
+        return Check(label, "", False, "; ".join(dict.fromkeys(failed)), fix)
     if ended.code is None:
         return Check(label, "", False, f"did not end in {SECONDS:g} s", fix)
     if ended.code != 0 or not answers:
-        return Check(
-            label, "", False, f"exit code {ended.code}: {one_line(first_error(ended.err + ended.out), 300)}", fix
-        )
+        return Check(label, "", False, f"exit code {ended.code}: {first_words(ended.err)}", fix)
     return Check(label, "", True, described(answers[0]))
+
+
+def first_words(said: str) -> str:
+    """The beginning of what a launcher said, where its reason stands, without the lines that it draws."""
+    lines = [line for line in said.splitlines() if re.search(r"\w", line)]
+    return one_line(" ".join(lines[:4]), 300) or "nothing said"
 
 
 def _answer(line: str) -> dict[str, Any]:
@@ -71,11 +81,12 @@ def _answer(line: str) -> dict[str, Any]:
 
 def described(result: Mapping[str, Any]) -> str:
     """What was measured, in the words of nccl-tests."""
-    ranks, seconds = result["ranks"], result["seconds"]
-    algorithm = result["bytes"] / seconds / 1e9
+    ranks, size, seconds = result["ranks"], result["bytes"], result["seconds"]
+    algorithm = size / seconds / 1e9
     bus = algorithm * 2 * (ranks - 1) / ranks
+    large = f", as {amount(all_reduce.LARGE)} would take over {all_reduce.SLOW:g} s," if size < all_reduce.LARGE else ""
     return (
-        f"right on {ranks} ranks; {amount(result['bytes'])} in {seconds * 1e3:.3g} ms: algorithm bandwidth "
+        f"right on {ranks} ranks (CPU); {amount(size)}{large} in {seconds * 1e3:.3g} ms: algorithm bandwidth "
         f"{algorithm:.2g} GB/s, bus bandwidth {bus:.2g} GB/s; 4 bytes in {result['latency'] * 1e3:.2g} ms "
         f"(medians of {all_reduce.ROUNDS} and {all_reduce.LATENCY_ROUNDS})"
     )

@@ -1,4 +1,4 @@
-"""A probe on one host, here or reached by ssh: started, asked, and believed only where its answers have their form."""
+"""A probe on one host, here or reached by ssh: started, and asked."""
 
 from __future__ import annotations
 
@@ -20,21 +20,6 @@ from toolkit.doctor.checks import one_line
 
 _LONGEST_LINE = 1 << 20  # bytes
 _END = 5.0  # seconds for a probe to end that is told no more
-_START = "import sys,json;exec(json.loads(sys.stdin.readline()))"
-
-FACTS = {
-    "name": str,
-    "python": ("list", "str"),
-    "packages": dict.fromkeys(probe.PACKAGES, ("list?", "str")),
-    "toolkit": ("list?", "str"),
-    "built_for": ("dict", "str"),
-    "mpirun": ("list?", "str"),
-    "cores": list,
-    "shm": ("list?", "int"),
-    "directory": {"space": ("list?", "int"), "writable": bool},
-    "interfaces": dict,
-    "data": ("dict", "str"),
-}
 
 
 class NoAnswer(Exception):
@@ -48,56 +33,23 @@ class Ended(NoAnswer):
 def understood(line: bytes, token: str) -> dict[str, Any] | None:
     """A probe's answer in a line of what the other host says; None for a line of something else, such as a greeting.
 
+    A greeting may also stand before the answer, where its line was not ended.
+
     Raises:
         NoAnswer: the line has the token and is no answer.
     """
-    if not line.startswith(token.encode()):
+    _, marked, said = line.partition(token.encode())
+    if not marked:
         return None
     try:
-        answer = json.loads(line[len(token) :].decode())
+        answer = json.loads(said.decode())
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        said = one_line(line[len(token) :].decode(errors="replace"), 80)
-        raise NoAnswer(f"it answers {said!r}, which is not JSON")
+        raise NoAnswer(f"it answers {one_line(said.decode(errors='replace'), 80)!r}, which is not JSON")
     if "error" in answer:
         raise NoAnswer(f"its probe failed: {one_line(str(answer['error']))}")
     return answer
-
-
-def checked_facts(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts in an answer.
-
-    Raises:
-        NoAnswer: they don't have the form of `probe.facts`.
-    """
-    facts = answer.get("facts")
-    if not _conforms(facts, FACTS):
-        raise NoAnswer("its facts are incomplete or of another form")
-    return facts  # type: ignore[return-value]
-
-
-def _conforms(value: Any, form: Any) -> bool:
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(name in value and _conforms(value[name], form[name]) for name in form)
-    if isinstance(form, type):
-        return isinstance(value, form) and _deep(value)
-    kind, of = form
-    if value is None:
-        return kind.endswith("?")
-    inner = {"str": str, "int": int}[of]
-    if kind == "dict":
-        return isinstance(value, dict) and all(isinstance(each, inner) for each in value.values())
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(each, inner) for each in value)
-
-
-def _deep(value: Any) -> bool:
-    """What `facts` has as plain dict and list: addresses by interface, and cores with their quota."""
-    if isinstance(value, dict):
-        return all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in value.values())
-    if isinstance(value, list):
-        return len(value) == 2 and isinstance(value[0], int) and isinstance(value[1], (int, float, type(None)))
-    return True
 
 
 class Peer:
@@ -125,7 +77,7 @@ class Peer:
             NoAnswer: it did not start; `ended` then tells how.
             OSError: ssh can't be run.
         """
-        words = [sys.executable, "-c", _START]
+        words = [sys.executable, "-c", probe.START]
         if self._login:  # the other host's shell reads it
             words = [*self._login, "exec " + shlex.join(words)]
         pipe = asyncio.subprocess.PIPE
@@ -139,7 +91,7 @@ class Peer:
             env={**os.environ, "LC_ALL": "C"},
         )
         boot = f"TOKEN, ROUNDS = {self.token!r}, {probe.CLOCK_ROUNDS}\n{probe.BOOT}"
-        self.python = str((await self._ask(boot)).get("python", ""))
+        self.python = str((await self.ask(boot)).get("python", ""))
 
     async def clock(self) -> tuple[float, float]:
         """Seconds by which the host's clock is ahead of this one's, and how far that may be off.
@@ -152,7 +104,7 @@ class Peer:
         rounds = []
         for _ in range(probe.CLOCK_ROUNDS):
             asked = time.time()
-            told = (await self._ask("")).get("time")
+            told = (await self.ask("")).get("time")
             heard = time.time()
             if not isinstance(told, (int, float)) or not math.isfinite(told):
                 raise NoAnswer("it does not tell the time")
@@ -161,15 +113,18 @@ class Peer:
         return ahead, uncertainty
 
     async def become_probe(self, environment: Mapping[str, str], directory: str, data_dir: str | None) -> dict:
-        """Go on as the probe, with these variables; what it sees.
+        """Go on as the probe, with these variables; what it sees, in whatever form that is.
 
         Raises:
-            NoAnswer: see `checked_facts`.
+            NoAnswer: it sees nothing.
         """
         source = Path(probe.__file__).read_text(encoding="utf-8")
         job = {"environment": dict(environment), "directory": directory, "source": source}
-        await self._ask(job)  # what is sent before it has begun, the Python before it would read
-        return checked_facts(await self.ask({"facts": [directory, data_dir]}))
+        await self.ask(job)  # what is sent before it has begun, the Python before it would read
+        facts = (await self.ask({"facts": [directory, data_dir]})).get("facts")
+        if not isinstance(facts, dict):
+            raise NoAnswer("it tells no facts")
+        return facts
 
     async def ask(self, request: Any) -> dict[str, Any]:
         """The probe's answer to a request.
@@ -177,9 +132,6 @@ class Peer:
         Raises:
             NoAnswer: there is none.
         """
-        return await self._ask(request)
-
-    async def _ask(self, request: Any) -> dict[str, Any]:
         await self._write(request)
         reader = self._running().stdout
         while reader is not None:

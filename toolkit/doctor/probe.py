@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -36,8 +37,14 @@ MNIST = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 SKLEARN = ("digits.csv.gz", "diabetes_data_raw.csv.gz", "diabetes_target.csv.gz")
 CLOCK_ROUNDS = 5
 
+# A recipe, as any `python script.py`, does not look for modules in its working directory; `python -c` does.
+_SAFE = "import sys; sys.path[:] = filter(None, sys.path); "
+START = _SAFE + "import json; exec(json.loads(sys.stdin.readline()))"
 # Tells the Python's version and, some times, the clock; then becomes the probe, with the ranks' variables.
-BOOT = """
+BOOT = (
+    f"""
+SAFE = {_SAFE!r}"""
+    + """
 import json, os, sys, time
 def say(answer):
     sys.stdout.write(TOKEN + json.dumps(answer) + "\\n")
@@ -53,8 +60,10 @@ try:
     os.chdir(job["directory"])
 except OSError:
     pass
-os.execve(sys.executable, [sys.executable, "-c", job["source"], TOKEN], os.environ)
+start = SAFE + "exec(sys.argv.pop(1))"
+os.execve(sys.executable, [sys.executable, "-c", start, job["source"], TOKEN], os.environ)
 """
+)
 
 _LONGEST_LIFE = 900  # seconds: a probe whose doctor has vanished without a word ends by itself
 _SIOCGIFADDR, _SIOCGIFNETMASK, _SIOCGIFFLAGS = 0x8915, 0x891B, 0x8913  # linux/sockios.h
@@ -69,7 +78,6 @@ def facts(directory: str, data_dir: str | None = None) -> dict:
         data_dir: where the recipes' `--data-dir` lies, or None for scikit-learn's data.
     """
     return {
-        "name": socket.gethostname(),
         "python": [platform.python_version(), sys.executable],
         "packages": {name: package(name, brought_by) for name, brought_by in PACKAGES.items()},
         "toolkit": toolkit(),
@@ -137,13 +145,11 @@ def mpirun() -> list | None:
 
 
 def cores() -> list:
-    """Cores that this process may run on, and how many of them its control group's quota allows; None: all."""
-    quota = None
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            most, period = file.read().split()
-        quota = None if most == "max" else int(most) / int(period)
-    return [len(os.sched_getaffinity(0)), quota]
+    """Cores that this process may run on, and as many of them as a quota allows, as the ranks will reckon there."""
+    count = usable = len(os.sched_getaffinity(0))
+    with contextlib.suppress(Exception):  # a host may have no toolkit, or another
+        usable = importlib.import_module("toolkit.tuning").usable_cores()
+    return [count, usable]
 
 
 def space(path: str) -> list | None:
@@ -246,7 +252,6 @@ def knock(addresses: list, seconds: float) -> list:
 def serve(token: str) -> None:
     """Answer the requests on standard input, a line each, until it ends."""
     signal.alarm(_LONGEST_LIFE)
-    sys.path[:] = [entry for entry in sys.path if entry]  # `python script.py` does not look in its working directory
     doors = []
 
     def say(answer: dict) -> None:

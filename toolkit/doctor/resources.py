@@ -34,10 +34,10 @@ def amount(size: float) -> str:
 
 
 def _cores(facts: Mapping[str, Any], host: str, ranks: int | None) -> Check:
-    count, quota = facts["cores"]
+    count, usable = facts["cores"]
     found = f"{count} core{'' if count == 1 else 's'}"
-    if quota is not None and quota < count:
-        found, count = f"{found}, of which the container's quota allows {quota:g}", max(1, int(quota))
+    if usable < count:
+        found, count = f"{found}, of which the container's quota allows {usable}", usable
     if ranks is None:
         return Check("cores", host, True, found)
     fix = "" if ranks <= count else f"plan {count} there: by -np or slots={count}; more work too, each slower"
