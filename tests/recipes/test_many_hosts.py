@@ -170,3 +170,8 @@ def test_pbs_gives_each_rank_its_share_of_the_cores():
     """PBS sets OMP_NUM_THREADS itself, which nothing of ours changes."""
     chunk = dict(re.findall(r"(ncpus|mpiprocs|ompthreads)=(\d+)", PBS))
     assert int(chunk["mpiprocs"]) * int(chunk["ompthreads"]) == int(chunk["ncpus"])
+
+
+def test_the_table_of_several_hosts_is_the_one_that_the_tests_wrote():
+    table = README.split("\nOn several hosts: ")[1].split("\n\n")[1].strip()
+    assert table.count("\n") > 10 and table in (ROOT / "tests" / "hosts" / "results.md").read_text()
