@@ -70,6 +70,7 @@ help:
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
 	@echo 'make bench   what checkpoints, checks and --deterministic cost: some minutes'
 	@echo 'make drills  kill, stop, stall and corrupt real runs, and tell what came of it: some hours; ARGS="--share 0.1"'
+	@echo 'make fetched  what tests use that this machine may lack, sshd and Slurm, unpacked in a cache; make test does it'
 	@echo 'make lint    ruff and mypy'
 
 extras := $(subst $(space),$(comma),$(strip $(wanted) recipes test horovod-build $(if $(filter pypi,$(MPI)),mpi)))

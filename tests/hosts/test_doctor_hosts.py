@@ -39,6 +39,7 @@ def test_all_is_well(cluster):
     assert checks["connections", "node3"]["found"] == "reached by 2 other hosts on free ports"
 
 
+@pytest.mark.long
 def test_one_host_that_is_another_machine(cluster):
     """The all-reduce runs there, and not only here."""
     hosts = ("-H", f"{getpass.getuser()}@node2:2")
