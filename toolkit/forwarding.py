@@ -8,11 +8,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 
 from toolkit.errors import UsageError
-from toolkit.stopping import HOROVODRUNS, is_child
+from toolkit.stopping import acting
 
 
 class ForwardedSignals:
@@ -69,17 +68,4 @@ class ForwardedSignals:
         """Hand on what has come; what comes while the command is being started waits until it is."""
         while self._process is not None and self._to_hand_on:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(_acting(self._process.pid), self._to_hand_on.pop(0))
-
-
-def _acting(pid: int) -> int:
-    """The process that a signal to a launcher is for.
-
-    `horovodrun --mpi` turns into a shell that starts mpirun: SIGTERM would end that alone, and SIGINT do nothing.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if words[1:2] == [b"-c"] and words[2].startswith(HOROVODRUNS.encode()):
-            numbers = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-            return next((number for number in numbers if is_child(number, pid)), pid)
-    return pid
+                os.kill(acting(self._process.pid), self._to_hand_on.pop(0))

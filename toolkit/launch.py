@@ -314,11 +314,15 @@ def add_to(commands: Any) -> None:
 
 def _unused(directory: str) -> str:
     """The directory, or DIR-2, DIR-3 …: the first that is empty or not there, as a job may be started again."""
-    for number in itertools.count(1):
-        place = directory if number == 1 else f"{directory}-{number}"
-        if not (os.path.isdir(place) and os.listdir(place)):
-            return place
-    raise AssertionError
+    places = itertools.chain([directory], (f"{directory}-{number}" for number in itertools.count(2)))
+    return next(place for place in places if not _has_files(place))
+
+
+def _has_files(directory: str) -> bool:
+    try:
+        return bool(os.listdir(directory))
+    except OSError:  # `run` makes it, or says why it can't be
+        return False
 
 
 def _command(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from toolkit import ending
 
 _WISHES = (signal.SIGTERM, signal.SIGINT)
 _TOGETHER = 1.0  # seconds in which a second signal is the first one's echo: a launcher's, or that of a process group
-HOROVODRUNS = "mpirun --allow-run-as-root --tag-output "  # how what `horovodrun --mpi` has a shell run begins
+_HOROVODRUNS = "mpirun --allow-run-as-root --tag-output "  # how what `horovodrun --mpi` has a shell run begins
 _LAUNCHERS = ("mpirun", "mpiexec", "orterun", "horovodrun", "srun")
 
 
@@ -80,7 +80,7 @@ class Signals:
             numbers = os.read(reading, 64) if readable else b""
             if readable and not numbers:
                 break
-            if shell and not readable and not is_child(*shell):
+            if shell and not readable and not _is_child(*shell):
                 numbers = bytes([signal.SIGTERM])
             if self._wakeup >= 0:  # someone else listens too
                 with contextlib.suppress(OSError):
@@ -187,22 +187,44 @@ def _ancestors() -> Iterator[_Process]:
     number = os.getppid()
     while number > 1:
         try:
-            words = [word.decode() for word in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")[:-1]]
-            yield _Process(number, words)
-            number = parent_of(number)
+            yield _Process(number, _words(number))
+            number = _parent(number)
         except (OSError, ValueError):
             return
 
 
-def parent_of(number: int) -> int:
-    """The number of a process' parent; OSError, ValueError: there is no such process."""
+def _words(number: int) -> list[str]:
+    """A process' command line."""
+    return [word.decode() for word in Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")[:-1]]
+
+
+def _parent(number: int) -> int:
     return int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def is_child(number: int, parent: int) -> bool:
-    """Whether a process is another's."""
+def _is_horovodruns(words: list[str]) -> bool:
+    """Whether this is the shell that `horovodrun --mpi` turns into."""
+    return words[1:2] == ["-c"] and len(words) > 2 and words[2].startswith(_HOROVODRUNS)
+
+
+def acting(number: int) -> int:
+    """The process that a signal to a launcher is for: mpirun, where the launcher is `horovodrun --mpi`.
+
+    That has turned into a shell, which SIGTERM would end alone, and which SIGINT does not reach.
+
+    Args:
+        number: the launcher's process number.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if _is_horovodruns(_words(number)):
+            others = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+            return next((other for other in others if _is_child(other, number)), number)
+    return number
+
+
+def _is_child(number: int, parent: int) -> bool:
     try:
-        return parent_of(number) == parent
+        return _parent(number) == parent
     except (OSError, ValueError):
         return False
 
@@ -215,8 +237,7 @@ def _horovodrun_shell() -> tuple[int, int] | None:
     """
     below = None
     for process in _ancestors():
-        command = process.words[2] if process.words[1:2] == ["-c"] and len(process.words) > 2 else ""
-        if below and Path(below.words[0]).name == "mpirun" and command.startswith(HOROVODRUNS):
+        if below and Path(below.words[0]).name == "mpirun" and _is_horovodruns(process.words):
             return below.number, process.number
         below = process
     return None

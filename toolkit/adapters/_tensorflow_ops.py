@@ -74,7 +74,7 @@ class _Exchange:
         self.broken = tf.Variable(_WHOLE, trainable=False)  # one of the two below, or the place of a name
         self.guarded = tf.Variable(False, trainable=False)
         self.names: list[str] = []
-        self.told: bool | None = None  # what `flag` and `guarded` hold: an assignment costs as much as five readings
+        self.told: bool | None = None  # what `flag` and `guarded` hold: an assignment takes as long as three readings
 
 
 _WHOLE, _ELSEWHERE = -2, -1
