@@ -75,8 +75,15 @@ def test_a_users_mistake_is_told_as_such():
     assert result.returncode == 2, result.stderr
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("mpirun", signal.SIGTERM),
+        ("horovodrun", signal.SIGINT),  # which its shell alone would take, and go on
+        pytest.param("mpirun", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("horovodrun", signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
 def test_signals_reach_the_run(launcher, number, tmp_path):
     place = tmp_path / "run"
     wanted = ("-np", "2", "--launcher", launcher)

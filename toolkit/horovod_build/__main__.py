@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -143,7 +144,9 @@ def main(arguments: list[str]) -> None:
         BuildError: one failed.
     """
     options = parse_arguments(arguments)
-    with stage("checking", "the compiler" + (" and the site's MPI" if options.mpi == "system" else "")):
+    what = "the compiler" + (" and the site's MPI" if options.mpi == "system" else "")
+    # `make setup` has had it checked, and told, before it installs anything.
+    with stage("checking", what) if options.check_tools else contextlib.nullcontext():
         compiler = ingredients.find_compiler()
         site_mpi = ingredients.system_mpi() if options.mpi == "system" else None
     if options.check_tools:
