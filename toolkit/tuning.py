@@ -17,6 +17,7 @@ _ENVIRONMENT = {
     "OMPI_MCA_mpi_yield_when_idle": ("1", "Open MPI otherwise spins on the cores that compute"),
     "HOROVOD_CYCLE_TIME": ("0.2", "milliseconds between Horovod's looks at its queue; 1 delays small models"),
 }
+SLOW_CYCLE = "50"  # milliseconds of Horovod's cycle where MPI adds up the gradients
 
 
 @dataclass(frozen=True)

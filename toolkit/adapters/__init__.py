@@ -67,6 +67,7 @@ class Adapter(Protocol):
         accumulation_steps: int = 1,
         clip_norm: float | None = None,
         compression: str = "none",
+        reducer: str = "auto",
     ) -> Any:
         """The framework's own optimizer, made to apply the mean of all ranks' gradients.
 
@@ -81,6 +82,9 @@ class Adapter(Protocol):
             clip_norm: largest global L2 norm of the averaged gradients; longer ones are scaled down
                 to it, after averaging and accumulation. None: no clipping.
             compression: "none", or "fp16": gradients travel as 16-bit floats.
+            reducer: who adds up the gradients: "horovod"; "mpi": all of them in one operation in the calling
+                thread, where MPI started the workers; "auto": whichever is faster for so many gradients, which is
+                tried out when the first ones are there.
 
         Returns:
             The optimizer, still an instance of its class, with the same options.

@@ -16,12 +16,15 @@ from typing import Any
 from horovod.common.process_sets import ProcessSet, global_process_set
 
 from toolkit import connections, elastic, tuning, watch, world
+from toolkit.adapters import _mpi
+from toolkit.adapters._mpi import MpiWire
 from toolkit.errors import UsageError
 from toolkit.sharding import block
 from toolkit.tuning import Choices
 from toolkit.world import World
 
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
+_cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
 
 
@@ -79,8 +82,13 @@ def start_horovod(
     )
     if elastic.is_active():  # how long workers wait for one that has yet to import its framework, or Horovod aborts
         os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")
+    if launched is not None and not elastic.is_active():
+        _mpi.start()
     with connections.noted() if elastic.is_active() else contextlib.nullcontext():
         hvd.init(process_sets=sets)
+    _cycles.clear()
+    if "HOROVOD_CYCLE_TIME" in choices.environment and not sets:
+        _cycles.update(fast=choices.environment["HOROVOD_CYCLE_TIME"], slow=tuning.SLOW_CYCLE)
     here = world.from_horovod(hvd)
     if launched is not None and launched.size != here.size and not elastic.is_active():
         raise UsageError(
@@ -96,6 +104,23 @@ def start_horovod(
     if verbose and here.rank == here.group == 0:
         print(choices.explain(), flush=True)
     return here, choices
+
+
+def mpi_wire(hvd: Any, ranks: ProcessSet) -> MpiWire | None:
+    """The wire through MPI between some workers, where there is one; they call it together for the first time."""
+    return _mpi.wire(hvd, ranks.ranks or range(hvd.size()))
+
+
+def restart_horovod(hvd: Any, cycle: str) -> None:
+    """Start Horovod again with its "fast" or "slow" cycle; all ranks call it together.
+
+    Where MPI adds up the gradients Horovod has little to do, and its thread, which meets the other ranks' in each
+    cycle, only keeps cores from computing. Nothing is done where the user set the cycle, or there are groups.
+    """
+    if cycle in _cycles and os.environ["HOROVOD_CYCLE_TIME"] != _cycles[cycle] and hvd.mpi_enabled():
+        os.environ["HOROVOD_CYCLE_TIME"] = _cycles[cycle]
+        hvd.shutdown()
+        hvd.init()
 
 
 def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from toolkit.adapters import _reduction
 from toolkit.errors import UsageError
 
 COMPRESSIONS = ("none", "fp16")
@@ -47,7 +48,7 @@ def import_python_and_numpy(state: Mapping[str, np.ndarray]) -> None:
     np.random.set_state(("MT19937", state["random/numpy"], position, has_gauss, float(state["random/numpy/gauss"][0])))
 
 
-def check_distribute_options(accumulation_steps: int, clip_norm: float | None, compression: str) -> None:
+def check_distribute_options(accumulation_steps: int, clip_norm: float | None, compression: str, reducer: str) -> None:
     """Raise `UsageError` for an option of `distribute` that is out of range."""
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
         raise UsageError(f"accumulation_steps is {accumulation_steps!r}: give a whole number of at least 1.")
@@ -55,6 +56,7 @@ def check_distribute_options(accumulation_steps: int, clip_norm: float | None, c
         raise UsageError(f"clip_norm is {clip_norm!r}: give a positive number, or None for no clipping.")
     if compression not in COMPRESSIONS:
         raise UsageError(f"compression is {compression!r}: give one of {', '.join(COMPRESSIONS)}.")
+    _reduction.check(reducer)
 
 
 def weighted_average(

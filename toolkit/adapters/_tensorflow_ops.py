@@ -13,11 +13,15 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from toolkit import watch
-from toolkit.adapters import _job
+from toolkit.adapters import _job, _reduction
+from toolkit.adapters._mpi import MpiWire
+from toolkit.adapters._reduction import exchange
 from toolkit.errors import UsageError
 
 # What a variable's gradient is on a rank; where ranks differ, the largest is what all of them send.
 _MISSING, _SPARSE, _DENSE = 0, 1, 2
+_UNDECIDED = "undecided"
+_ALIGNMENT = 64  # bytes
 
 
 def set_threads(threads: int) -> None:
@@ -33,13 +37,19 @@ def set_threads(threads: int) -> None:
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
     """The sum of a float64 vector over all ranks."""
     values, ranks = tf.constant(vector), _job.process_set()
+    wire = _job.mpi_wire(hvd, ranks)
     with watch.waiting("average()"):
+        if wire is not None:
+            return wire.summed(vector)
         return hvd.allreduce(values, op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()
 
 
 def gather(value: Any, process_set: Any) -> list[Any]:
     """Every rank's value, in rank order."""
+    wire = _job.mpi_wire(hvd, process_set)
     with watch.waiting("gather()", all_groups=process_set is not _job.process_set()):
+        if wire is not None:
+            return wire.gather(value)
         return hvd.allgather_object(value, name="hvdkit.gather", process_set=process_set)
 
 
@@ -66,13 +76,13 @@ def import_random(state: Mapping[str, np.ndarray]) -> None:
 
 
 class _Exchange:
-    """What travels beside the gradients; see `exchange_flag`. Made by the first averager: it holds variables."""
+    """What travels beside the gradients through Horovod, in a graph; made by the first averager that does that."""
 
     def __init__(self) -> None:
-        self.flag = tf.Variable(0.0, trainable=False)
+        self.flag = tf.Variable(float(exchange.flag), trainable=False)
         self.heard = tf.Variable(0.0, trainable=False)  # above 0: a rank's flag was up, or a mean not finite
         self.broken = tf.Variable(_WHOLE, trainable=False)  # one of the two below, or the place of a name
-        self.guarded = tf.Variable(False, trainable=False)
+        self.guarded = tf.Variable(exchange.guarded, trainable=False)
         self.names: list[str] = []
         self.told: bool | None = None  # what `flag` and `guarded` hold: an assignment takes as long as three readings
 
@@ -90,17 +100,21 @@ def _exchange() -> _Exchange:
 
 def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     """See `toolkit.adapters.Adapter.exchange_flag`."""
-    exchange = _exchange()
-    heard = float(exchange.heard) > 0  # the one thing that every step reads; in half the time of .numpy()
-    place = int(exchange.broken) if heard else _WHOLE
-    if flag is not exchange.told:
-        exchange.told = flag
-        exchange.flag.assign(float(flag or 0))
-        exchange.guarded.assign(flag is not None)
-    if heard:
-        exchange.heard.assign(0.0)
-        exchange.broken.assign(_WHOLE)
-    return heard, None if place == _WHOLE else "" if place == _ELSEWHERE else exchange.names[place]
+    heard, broken = _reduction.exchange_flag(flag)
+    for graph in _exchanges:
+        heard_in_graph = float(graph.heard) > 0  # the one thing that every step reads; in half the time of .numpy()
+        place = int(graph.broken) if heard_in_graph else _WHOLE
+        if flag is not graph.told:
+            graph.told = flag
+            graph.flag.assign(float(flag or 0))
+            graph.guarded.assign(flag is not None)
+        if heard_in_graph:
+            graph.heard.assign(0.0)
+            graph.broken.assign(_WHOLE)
+        heard |= heard_in_graph
+        if broken is None and place != _WHOLE:
+            broken = "" if place == _ELSEWHERE else graph.names[place]
+    return heard, broken
 
 
 class GradientAverager:
@@ -111,16 +125,24 @@ class GradientAverager:
     them fixed, so that they agree once, when the first function with these variables is traced.
     """
 
-    def __init__(self, name: str, compression: str):
+    def __init__(self, name: str, compression: str, reducer: str):
         """`name` names the collective operations, alike on all ranks, and is used for nothing else."""
-        self._name = name
-        self._compression = compression
+        self._name, self._compression, self._reducer = name, compression, reducer
+        self._wire: MpiWire | None | str = _UNDECIDED
+        self._broken = ""  # where the wire's latest mean is not finite: the first of this rank's variables
+        self._taken: Any = None  # a tensor: whether it is, or nobody asks; None where Horovod added up
         self._agreed: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
         self._places: dict[tuple[int, ...], tuple[int, list[Any]]] = {}  # of the variables' names among all
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient (dense tensor, `tf.IndexedSlices` or None) over all ranks."""
         kinds = self._kinds(gradients, variables)
+        if self._wire == _UNDECIDED:
+            with tf.init_scope():
+                self._wire = self._choose(variables, kinds)
+        self._taken = None
+        if isinstance(self._wire, MpiWire) and _SPARSE not in kinds:
+            return self._through_wire(gradients, variables, kinds)
         means: list[Any] = [None] * len(kinds)
         dense: dict[tf.DType, list[int]] = {}
         for i, kind in enumerate(kinds):
@@ -128,21 +150,23 @@ class GradientAverager:
                 means[i] = self._average_sparse(gradients[i], variables[i], f"{self._name}.sparse{i}")
             elif kind == _DENSE:
                 dense.setdefault(self._wire_dtype(variables[i]), []).append(i)
-        exchange = _exchange()
+        graph, ranks = _exchange(), _job.process_set()
         if not any(dtype.is_floating for dtype in dense):
             dense[tf.float32] = []
         carrier = next(dtype for dtype in dense if dtype.is_floating)
         for dtype, indices in dense.items():  # a group holds one dtype
             packed = [tf.cast(_to_dense(gradients[i], variables[i]), dtype) for i in indices]
             if dtype == carrier:
-                packed.append(tf.cast(exchange.flag, dtype))
+                packed.append(tf.cast(graph.flag, dtype))
             name = f"{self._name}.{dtype.name}"
             with _waiting(name):
-                reduced = hvd.grouped_allreduce(
-                    packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=_job.process_set()
-                )
+                reduced = packed
+                if ranks.size() > 1:
+                    reduced = hvd.grouped_allreduce(
+                        packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=ranks
+                    )
             if dtype == carrier:
-                exchange.heard.assign_add(tf.cast(reduced.pop(), tf.float32))
+                graph.heard.assign_add(tf.cast(reduced.pop(), tf.float32))
             for i, mean in zip(indices, reduced, strict=True):
                 means[i] = tf.cast(mean, variables[i].dtype)
         return means
@@ -151,24 +175,87 @@ class GradientAverager:
         self, means: Sequence[Any], gradients: Sequence[Any], variables: Sequence[Any], apply: Callable[[], Any]
     ) -> None:
         """Call `apply`, or note that the step is left out because a mean is not finite."""
-        exchange = _exchange()
-        taken = _are_finite(means) | ~exchange.guarded
+        if self._taken is not None:
+
+            def note() -> None:
+                tf.numpy_function(lambda: _reduction.leave_out(self._broken), [], [])
+
+            _either(self._taken, apply, note)
+            return
+        graph = _exchange()
+        taken = _are_finite(means) | ~graph.guarded
         key = tuple(id(v) for v in variables)
         if key not in self._places:
-            self._places[key] = len(exchange.names), list(variables)  # held, so that ids stay theirs
-            exchange.names += [getattr(v, "path", v.name) for v in variables]
+            self._places[key] = len(graph.names), list(variables)  # held, so that ids stay theirs
+            graph.names += [getattr(v, "path", v.name) for v in variables]
 
         def leave_out() -> None:
             finite = tf.stack([_are_finite([g]) for g in gradients])
             first = self._places[key][0] + tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32)
             place = tf.where(tf.reduce_all(finite), _ELSEWHERE, first)
-            exchange.broken.assign(tf.where(exchange.broken == _WHOLE, place, exchange.broken))
-            exchange.heard.assign_add(1.0)
+            graph.broken.assign(tf.where(graph.broken == _WHOLE, place, graph.broken))
+            graph.heard.assign_add(1.0)
 
-        if tf.executing_eagerly():
-            apply() if taken else leave_out()
-        else:
-            tf.cond(taken, apply, leave_out)
+        _either(taken, apply, leave_out)
+
+    def _choose(self, variables: Sequence[Any], kinds: Sequence[int]) -> MpiWire | None:
+        def by_horovod(numbers: np.ndarray) -> None:
+            hvd.allreduce(tf.constant(numbers), name=f"{self._name}.trial", op=hvd.Sum, process_set=ranks).numpy()
+
+        ranks = _job.process_set()
+        on_gpu = any("GPU" in getattr(getattr(v, "value", v), "device", "") for v in variables)
+        if self._reducer == "mpi" and (on_gpu or _SPARSE in kinds):
+            what = "a GPU's gradients" if on_gpu else "sparse gradients (tf.IndexedSlices)"
+            raise UsageError(f'reducer="mpi" does not add up {what}: use "horovod" or "auto".')
+        if on_gpu or _SPARSE in kinds:
+            return None
+        with watch.waiting(f"{self._name}.trial"):
+            return _reduction.choose(self._reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
+
+    def _through_wire(self, gradients: Sequence[Any], variables: Sequence[Any], kinds: Sequence[int]) -> list[Any]:
+        """The means by one operation on numpy arrays, in which the flag goes along."""
+        groups: dict[tf.DType, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            if kind == _DENSE:
+                groups.setdefault(self._wire_dtype(variables[i]), []).append(i)
+        groups = groups or {tf.float32: []}
+        packed = [
+            tf.concat(
+                [tf.zeros([0], dtype)]
+                + [tf.reshape(tf.cast(_to_dense(gradients[i], variables[i]), dtype), [-1]) for i in indices],
+                0,
+            )
+            for dtype, indices in groups.items()
+        ]
+        sizes = {dtype: [int(np.prod(variables[i].shape)) for i in indices] for dtype, indices in groups.items()}
+        names = [getattr(variables[i], "path", variables[i].name) for indices in groups.values() for i in indices]
+        ends = np.cumsum([size for group in sizes.values() for size in group])
+
+        def add_up(*arrays: np.ndarray) -> list[Any]:
+            return self._add_up(arrays, names, ends)
+
+        *sums, self._taken = tf.numpy_function(add_up, packed, [*groups, tf.bool])
+        self._taken.set_shape([])
+        means: list[Any] = [None] * len(kinds)
+        for mean, (dtype, indices) in zip(sums, groups.items(), strict=True):
+            mean.set_shape([sum(sizes[dtype])])
+            for i, part in zip(indices, tf.split(mean, sizes[dtype]), strict=True):
+                means[i] = tf.cast(tf.reshape(part, variables[i].shape), variables[i].dtype)
+        return means
+
+    def _add_up(self, arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarray) -> list[Any]:
+        """The arrays' means over all ranks, in new arrays, and whether the step may be taken."""
+        wire: Any = self._wire
+        self._broken = _first_broken(arrays, names, ends) if exchange.guarded else ""
+        buffers = [_aligned(array.size + 2, array.dtype) for array in arrays]
+        for array, buffer in zip(arrays, buffers, strict=True):
+            np.multiply(array, array.dtype.type(1 / wire.size), out=buffer[:-2])
+            buffer[-2:] = exchange.flag, bool(self._broken)
+            with watch.waiting(self._name):
+                wire.sum(buffer)
+        heard, broken = buffers[0][-2:]
+        exchange.heard |= bool(heard > 0)
+        return [*(buffer[:-2] for buffer in buffers), np.bool_(broken == 0)]
 
     def _kinds(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[int]:
         local = [_MISSING if g is None else _SPARSE if isinstance(g, tf.IndexedSlices) else _DENSE for g in gradients]
@@ -237,6 +324,30 @@ def _are_finite(tensors: Sequence[Any]) -> Any:
         lambda: True,
         lambda: tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in values])),
     )
+
+
+def _first_broken(arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarray) -> str:
+    """The name of the first gradient that is not finite, in arrays of many; "" where all are."""
+    begin = 0
+    for array in arrays:
+        if not np.isfinite(array.sum()) and not np.isfinite(array).all():
+            return names[int(np.searchsorted(ends, begin + int(np.argmin(np.isfinite(array))), side="right"))]
+        begin += array.size
+    return ""
+
+
+def _aligned(elements: int, dtype: np.dtype) -> np.ndarray:
+    """A new array where TensorFlow takes arrays as they are; others it copies."""
+    memory = np.empty(elements * dtype.itemsize + _ALIGNMENT, np.uint8)
+    offset = -memory.ctypes.data % _ALIGNMENT
+    return memory[offset : offset + elements * dtype.itemsize].view(dtype)
+
+
+def _either(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> None:
+    if tf.executing_eagerly():
+        yes() if condition else no()
+    else:
+        tf.cond(condition, yes, no)
 
 
 def _to_dense(gradient: Any, variable: Any) -> tf.Tensor:

@@ -75,6 +75,7 @@ def distribute(
     accumulation_steps: int = 1,
     clip_norm: float | None = None,
     compression: str = "none",
+    reducer: str = "auto",
 ) -> Any:
     """See `toolkit.adapters.Adapter.distribute`.
 
@@ -88,10 +89,10 @@ def distribute(
             `jit_compile=True` on TensorFlow. Compiled so later, its first train step raises it.
     """
     _require_started()
-    _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
+    _shared.check_distribute_options(accumulation_steps, clip_norm, compression, reducer)
     if not isinstance(model, keras.Layer):
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model that the optimizer trains.")
-    averager = _ops.GradientAverager(_job.collective_name(), compression)
+    averager = _ops.GradientAverager(_job.collective_name(), compression, reducer)
     return _keras_optimizer.distribute(optimizer, model, averager, accumulation_steps, clip_norm)
 
 

@@ -67,6 +67,7 @@ def distribute(
     accumulation_steps: int = 1,
     clip_norm: float | None = None,
     compression: str = "none",
+    reducer: str = "auto",
 ) -> Any:
     """See `toolkit.adapters.Adapter.distribute`.
 
@@ -75,10 +76,10 @@ def distribute(
     as a whole, so that an overflow on one rank makes all of them skip the step.
     """
     _job.require_started(hvd)
-    _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
+    _shared.check_distribute_options(accumulation_steps, clip_norm, compression, reducer)
     if not isinstance(model, tf.Module | keras.Layer):
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model or tf.Module that is trained.")
-    average = _tensorflow_ops.GradientAverager(_job.collective_name(), compression)
+    average = _tensorflow_ops.GradientAverager(_job.collective_name(), compression, reducer)
     return _keras_optimizer.distribute(optimizer, model, average, accumulation_steps, clip_norm)
 
 

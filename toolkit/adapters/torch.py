@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from toolkit import watch
-from toolkit.adapters import _job, _shared, _torch_ops, _torch_state
+from toolkit.adapters import _job, _reduction, _shared, _torch_ops, _torch_state
+from toolkit.adapters._torch_average import GradientAverager
 from toolkit.adapters._torch_data import Loader as Loader
 from toolkit.errors import RunFailed, UsageError
 from toolkit.world import World
@@ -58,6 +59,7 @@ def distribute(
     accumulation_steps: int = 1,
     clip_norm: float | None = None,
     compression: str = "none",
+    reducer: str = "auto",
 ) -> Any:
     """See `toolkit.adapters.Adapter.distribute`.
 
@@ -72,13 +74,13 @@ def distribute(
     `backward()`, it must reach each of them on every rank or on none.
     """
     _job.require_started(hvd)
-    _shared.check_distribute_options(accumulation_steps, clip_norm, compression)
+    _shared.check_distribute_options(accumulation_steps, clip_norm, compression, reducer)
     _check_optimizer(optimizer, model)
     if clip_norm is not None and _sparse_parameters(model):
         raise UsageError("clip_norm with sparse embeddings: torch can't take their norm; use sparse=False or None.")
     kind = type(optimizer)
     optimizer.__class__ = type(kind.__name__, (_Distributed, kind), {"__module__": kind.__module__})
-    optimizer._attach(model, accumulation_steps, clip_norm, compression)
+    optimizer._attach(model, accumulation_steps, clip_norm, compression, reducer)
     return optimizer
 
 
@@ -121,15 +123,18 @@ def _sparse_parameters(model: torch.nn.Module) -> set[int]:
 class _Distributed(torch.optim.Optimizer):
     """Mixed in before an optimizer's own class by `distribute`; has no constructor of its own."""
 
-    def _attach(self, model: torch.nn.Module, accumulation_steps: int, clip_norm: float | None, compression: str):
+    def _attach(
+        self,
+        model: torch.nn.Module,
+        accumulation_steps: int,
+        clip_norm: float | None,
+        compression: str,
+        reducer: str,
+    ) -> None:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._sparse = _sparse_parameters(model)
-        self._accumulation_steps, self._clip_norm, self._compression = (
-            accumulation_steps,
-            clip_norm,
-            compression,
-        )
-        self._collective = _job.collective_name()
+        self._accumulation_steps, self._clip_norm = accumulation_steps, clip_norm
+        self._averager = GradientAverager(_job.collective_name(), compression, reducer)
         self._passes = 0  # backward passes since the last step
         self._passes_at_step = 0  # and how many of them the latest step() knew
         self._backward = -1  # the backward pass at whose end our callback is queued
@@ -180,17 +185,12 @@ class _Distributed(torch.optim.Optimizer):
                 "gradients were cleared between accumulated passes: clear them by the optimizer's zero_grad()."
             )
         self._held = []
-        gradients = [p.grad for p in parameters]
-        means = _torch_ops.average_gradients(
-            gradients,
-            parameters,
-            sparse=[id(p) in self._sparse for p in parameters],
-            compression=self._compression,
-            name=self._collective,
-        )
-        self._broken = _torch_ops.first_broken(means, gradients, [self._names[id(p)] for p in parameters])
+        sparse = [id(p) in self._sparse for p in parameters] if self._sparse else None
+        means = self._averager([p.grad for p in parameters], parameters, sparse, passes)
+        broken = self._averager.broken
+        self._broken = None if broken is None else self._names[id(parameters[broken])] if broken >= 0 else ""
         for p, mean in zip(parameters, means, strict=True):
-            p.grad = mean if mean is None or passes == 1 else mean / passes
+            p.grad = mean
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters from the averaged gradients; while accumulating, do nothing."""
@@ -207,7 +207,7 @@ class _Distributed(torch.optim.Optimizer):
                 self._held = [p.grad for p in self._parameters()]
                 return None
             if self._broken is not None and getattr(self, "found_inf", None) is None:  # which is GradScaler's matter
-                _torch_ops.leave_out(self._broken)
+                _reduction.leave_out(self._broken)
                 result = None
             else:
                 self._clip()
@@ -298,7 +298,7 @@ def gather(value: Any, *, all_groups: bool = False) -> list[Any]:
 
 def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     """See `toolkit.adapters.Adapter.exchange_flag`; under a GradScaler a gradient that is not finite is its matter."""
-    return _torch_ops.exchange_flag(flag)
+    return _reduction.exchange_flag(flag)
 
 
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:

@@ -1,0 +1,104 @@
+"""Collective operations on numpy arrays through mpi4py, in the calling thread, on the MPI that Horovod has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_LONGEST = 2**28  # elements of one operation: MPI-3 counts them with 31 bits
+
+
+class MpiWire:
+    """Moves arrays between the ranks of a group; `toolkit.compression.Wire`.
+
+    Attributes:
+        rank: this process's, within the group.
+        size: the group's.
+    """
+
+    def __init__(self, communicator: Any) -> None:
+        from mpi4py import MPI
+
+        self._communicator, self._in_place = communicator, MPI.IN_PLACE
+        self.rank: int = communicator.rank
+        self.size: int = communicator.size
+
+    def sum(self, array: np.ndarray) -> None:
+        """Replace an array, contiguous, by its sum over all ranks."""
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, _LONGEST):
+            self._communicator.Allreduce(self._in_place, flat[start : start + _LONGEST])
+
+    def summed(self, array: np.ndarray) -> np.ndarray:
+        """The sum of an array over all ranks."""
+        total = np.array(array)
+        self.sum(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, anything that pickles, in rank order."""
+        return self._communicator.allgather(value)
+
+    def all_to_all(self, array: np.ndarray) -> np.ndarray:
+        """Send row r to rank r.
+
+        Args:
+            array: shape (size, n), contiguous, of the same shape on all ranks.
+
+        Returns:
+            Of the same shape; row r came from rank r.
+        """
+        received = np.empty_like(array)
+        self._communicator.Alltoall(array.view(np.uint8), received.view(np.uint8))
+        return received
+
+    def all_gather(self, array: np.ndarray) -> np.ndarray:
+        """Every rank's array, contiguous and of the same shape on all ranks, along a new first axis."""
+        received = np.empty((self.size, *array.shape), array.dtype)
+        self._communicator.Allgather(array.view(np.uint8), received.view(np.uint8))
+        return received
+
+
+_wires: dict[tuple[int, ...], MpiWire] = {}
+
+
+def start() -> None:
+    """Start MPI before Horovod does, which then leaves its end to mpi4py, so that Horovod can be started again.
+
+    Nothing is done where Horovod is not to use MPI, or mpi4py is missing.
+    """
+    if os.environ.get("HOROVOD_CONTROLLER", "mpi").lower() != "mpi":
+        return
+    with contextlib.suppress(ImportError, RuntimeError):  # none, or no MPI library for it
+        import mpi4py
+
+        mpi4py.rc.errors = "default"
+        from mpi4py import MPI  # noqa: F401 - starts MPI, for use by several threads
+
+
+def wire(hvd: Any, ranks: Sequence[int]) -> MpiWire | None:
+    """The wire between these ranks of the job, this one among them; they call it together for the first time.
+
+    Returns:
+        None where Horovod does not use MPI (as under horovodrun --gloo, in an elastic job and without a launcher), or
+        mpi4py is missing or of another MPI.
+    """
+    if "mpi4py.MPI" not in sys.modules or not (hvd.mpi_enabled() and hvd.mpi_threads_supported()):
+        return None
+    from mpi4py import MPI
+
+    if (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size) != (hvd.rank(), hvd.size()):
+        return None
+    key = tuple(ranks)
+    if key not in _wires:
+        group = MPI.COMM_WORLD.group.Incl(list(key))
+        communicator = MPI.COMM_WORLD.Create_group(group)
+        group.Free()
+        communicator.Set_errhandler(MPI.ERRORS_RETURN)  # which mpi4py raises
+        _wires[key] = MpiWire(communicator)
+    return _wires[key]

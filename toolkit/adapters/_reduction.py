@@ -1,0 +1,107 @@
+"""The averaging of gradients above the framework: which reducer adds them up, and what travels beside them."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from toolkit.adapters import _job
+from toolkit.adapters._mpi import MpiWire
+from toolkit.errors import UsageError
+
+REDUCERS = ("auto", "horovod", "mpi")
+_ROUNDS = 5  # of the measurement behind "auto"
+_MEASURED = 2**20  # elements that it adds up at most: beyond, both take the time that the bytes take
+
+
+@dataclass
+class Exchange:
+    """What travels beside the gradients; see `toolkit.adapters.Adapter.exchange_flag`."""
+
+    flag: bool = False
+    heard: bool = False
+    broken: str | None = None
+    guarded: bool = False
+
+
+exchange = Exchange()
+
+
+def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
+    """See `toolkit.adapters.Adapter.exchange_flag`."""
+    heard, broken = exchange.heard, exchange.broken
+    exchange.flag, exchange.heard, exchange.broken, exchange.guarded = bool(flag), False, None, flag is not None
+    return heard, broken
+
+
+def leave_out(broken: str) -> None:
+    """Note that a step was left out: the first of this rank's gradients that was not finite, or ""."""
+    if exchange.broken is None:
+        exchange.broken = broken
+
+
+def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], elements: int) -> MpiWire | None:
+    """Decide who adds up an optimizer's gradients; all ranks of a group call it together.
+
+    Args:
+        reducer: one of `REDUCERS`; for "auto" the environment's HVDKIT_REDUCER counts, if it is set.
+        hvd: `horovod.torch` or `horovod.tensorflow`.
+        by_horovod: replaces a float32 vector by its sum over all ranks, through Horovod.
+        elements: the number of gradients.
+
+    Returns:
+        The wire for MPI, or None for Horovod. "auto" takes the one that was faster when both were tried
+        with so many numbers, each with the cycle
+        of Horovod's that suits it; the same on all ranks.
+
+    Raises:
+        UsageError: "mpi" without MPI.
+    """
+    if reducer == "auto":
+        reducer = os.environ.get("HVDKIT_REDUCER", "auto")
+        check(reducer)
+    if reducer == "horovod":
+        return None
+    wire = _job.mpi_wire(hvd, _job.process_set())
+    if wire is None and reducer == "mpi":
+        raise UsageError(
+            'reducer="mpi" needs workers that were started by MPI, and mpi4py: start them with mpirun, or horovodrun '
+            'without --gloo, or use reducer="horovod".'
+        )
+    if wire is None or wire.size == 1:
+        return wire
+    if reducer == "mpi":
+        _job.restart_horovod(hvd, "slow")
+        return wire
+    numbers = np.zeros(min(max(1, elements), _MEASURED), np.float32)
+    _job.restart_horovod(hvd, "fast")
+    horovods = _seconds(by_horovod, numbers)
+    _job.restart_horovod(hvd, "slow")
+    seconds = np.array([_seconds(wire.sum, numbers), horovods])
+    wire.sum(seconds)  # so that all ranks decide alike
+    if seconds[0] <= seconds[1]:
+        return wire
+    _job.restart_horovod(hvd, "fast")
+    return None
+
+
+def _seconds(add_up: Callable[[np.ndarray], None], numbers: np.ndarray) -> float:
+    """The median time of some additions, after a first one that makes connections."""
+    took = []
+    for _ in range(_ROUNDS + 1):
+        began = time.perf_counter()
+        add_up(numbers)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
+
+
+def check(reducer: str) -> None:
+    """Raise `UsageError` for a reducer that there is not."""
+    if reducer not in REDUCERS:
+        raise UsageError(f"the reducer is {reducer!r}: give one of {', '.join(REDUCERS)}.")

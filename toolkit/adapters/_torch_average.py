@@ -1,0 +1,244 @@
+"""The mean of torch gradients over all ranks, for the torch adapter and for Keras on torch."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+
+from toolkit import watch
+from toolkit.adapters import _job, _reduction
+from toolkit.adapters._mpi import MpiWire
+from toolkit.adapters._reduction import exchange
+from toolkit.errors import UsageError
+
+_LARGE = 2**17  # elements from which ways through memory take longer than calls of torch
+_FREE = 2  # references to a view that nobody has but its buffer: the list's, and getrefcount's own
+_ELSEWHERE = -1
+
+
+class GradientAverager:
+    """Averages an optimizer's gradients over all ranks, by one flat buffer for all of a dtype.
+
+    The first buffer ends with what travels beside the gradients: which of them this rank has, and the rank's flag.
+    Scaling by 1/size comes before the addition, so that the mean of finite gradients is finite, and that both
+    reducers give the same bits.
+
+    Attributes:
+        broken: after a call, where `exchange.guarded` asks for it and a mean is not finite: the place of this rank's
+            first gradient that is not, or -1; else None.
+    """
+
+    def __init__(self, name: str, compression: str, reducer: str) -> None:
+        """`name` names the collective operations, alike on all ranks, and is used for nothing else."""
+        self._name, self._compression, self._reducer = name, compression, reducer
+        self._parameters: Sequence[torch.Tensor] = []
+        self._sparse: Sequence[int] = []
+        self._buffers: list[_Buffer] = []
+        self._wire: MpiWire | None = None
+        self.broken: int | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        parameters: Sequence[torch.Tensor],
+        sparse: Sequence[bool] | None = None,
+        passes: int = 1,
+    ) -> list[torch.Tensor | None]:
+        """The mean of each gradient over all ranks.
+
+        A gradient missing (None) on some ranks counts as zero there; one missing on every rank stays None.
+
+        Args:
+            gradients: one per parameter, of its shape; bfloat16, which Horovod lacks, travels as float32.
+            parameters: what the gradients belong to, alike on all ranks.
+            sparse: which gradients are sparse tensors, alike on all ranks; None: none is.
+            passes: backward passes that the gradients are the sum of: their mean is taken over these too.
+
+        Returns:
+            Views of the buffers, which are used again once nobody else holds them.
+        """
+        self.broken = None
+        if not parameters:
+            return []
+        ranks = _job.process_set()
+        if ranks.size() == 1:
+            return self._alone(gradients, passes)
+        if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
+            self._lay_out(list(parameters), sparse or [False] * len(parameters))
+        scale = 1.0 / (ranks.size() * passes)
+        finite = [buffer.pack(gradients, scale, exchange.guarded) for buffer in self._buffers]
+        if exchange.guarded and not (all(finite) and are_finite([gradients[i] for i in self._sparse])):
+            self.broken = next(i for i, g in enumerate(gradients) if not are_finite([g]))
+        control = self._buffers[0].control
+        control.copy_(torch.tensor([*(g is not None for g in gradients), exchange.flag, self.broken is not None]))
+        with watch.waiting(self._name):
+            self._add_up(ranks)
+        *present, heard, broken = control.tolist()
+        exchange.heard |= heard > 0
+        if broken > 0 and self.broken is None:
+            self.broken = _ELSEWHERE
+        means: list[torch.Tensor | None] = [None] * len(parameters)
+        for buffer in self._buffers:
+            buffer.unpack(means)
+        for i in self._sparse:
+            means[i] = _average_sparse(gradients[i], parameters[i], scale, f"{self._name}.sparse{i}")
+        if min(present) > 0:
+            return means
+        return [mean if here > 0 else None for mean, here in zip(means, present, strict=True)]
+
+    def _alone(self, gradients: Sequence[torch.Tensor | None], passes: int) -> list[torch.Tensor | None]:
+        exchange.heard |= exchange.flag
+        if exchange.guarded and not are_finite(gradients):
+            self.broken = next(i for i, g in enumerate(gradients) if not are_finite([g]))
+        return [g if g is None or passes == 1 else g / passes for g in gradients]
+
+    def _lay_out(self, parameters: list[torch.Tensor], sparse: Sequence[bool]) -> None:
+        dense = [p for p, is_sparse in zip(parameters, sparse, strict=True) if not is_sparse]
+        self._wire = self._choose(dense)
+        places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, p in enumerate(parameters):
+            if not sparse[i]:
+                places.setdefault((self._wire_dtype(p.dtype), p.device), []).append(i)
+        if not places:
+            places[torch.float32, parameters[0].device] = []
+        # Alike on all ranks, and so in a name: a rank with another model is told by Horovod, not mixed up.
+        self._buffers = [
+            _Buffer(dtype, device, found, parameters, len(parameters) + 2 if i == 0 else 0)
+            for i, ((dtype, device), found) in enumerate(places.items())
+        ]
+        self._parameters, self._sparse = parameters, [i for i, is_sparse in enumerate(sparse) if is_sparse]
+
+    def _choose(self, dense: list[torch.Tensor]) -> MpiWire | None:
+        if any(p.device.type != "cpu" for p in dense):
+            if self._reducer == "mpi":
+                raise UsageError('reducer="mpi" adds up in the memory of the host: use "horovod" for a GPU\'s.')
+            return None
+
+        def by_horovod(numbers: np.ndarray) -> None:
+            hvd.allreduce_(torch.from_numpy(numbers), name=f"{self._name}.trial", op=hvd.Sum, process_set=ranks)
+
+        ranks = _job.process_set()
+        with watch.waiting(self._name):
+            return _reduction.choose(self._reducer, hvd, by_horovod, sum(p.numel() for p in dense))
+
+    def _wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self._compression == "fp16" and dtype.is_floating_point and self._wire is None:
+            return torch.float16
+        # Horovod knows no bfloat16, and MPI no float16 either.
+        narrow = (torch.bfloat16,) if self._wire is None else (torch.bfloat16, torch.float16)
+        return torch.float32 if dtype in narrow else dtype
+
+    def _add_up(self, ranks: Any) -> None:
+        if self._wire is not None:
+            for buffer in self._buffers:
+                self._wire.sum(buffer.tensor.numpy())
+            return
+        handles = [
+            hvd.allreduce_async_(buffer.tensor, name=f"{self._name}.{i}", op=hvd.Sum, process_set=ranks)
+            for i, buffer in enumerate(self._buffers)
+        ]
+        for handle in handles:
+            hvd.synchronize(handle)
+
+
+class _Buffer:
+    """The gradients of one dtype on one device, one after the other, and after them what travels beside.
+
+    Attributes:
+        tensor: shape (n,).
+        control: its end.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, places: list[int], parameters: list[torch.Tensor], extra: int
+    ) -> None:
+        self._places, self._parameters = places, [parameters[i] for i in places]
+        self._elements = sum(p.numel() for p in self._parameters)
+        self._dtype, self._device, self._extra = dtype, device, extra
+        self._same_dtype = all(p.dtype == dtype for p in self._parameters)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self.tensor = torch.zeros(self._elements + self._extra, dtype=self._dtype, device=self._device)
+        self.control = self.tensor[self._elements :]
+        parts = self.tensor[: self._elements].split([p.numel() for p in self._parameters])
+        self._views = [_shaped(part, p) for part, p in zip(parts, self._parameters, strict=True)]
+        self._aliases = self._count_aliases()
+
+    def _count_aliases(self) -> int:
+        return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
+
+    def pack(self, gradients: Sequence[torch.Tensor | None], scale: float, check: bool) -> bool:
+        """Fill the buffer with `scale` times this rank's gradients; say whether they are finite, where that is asked.
+
+        A gradient that is a view of the buffer already, where nobody cleared it, is scaled in place.
+        """
+        own = [gradients[i] for i in self._places]
+        if self._is_held(own):
+            self._allocate()
+        numbers = self.tensor[: self._elements]
+        if self._elements > _LARGE and self._same_dtype:  # one way through memory in place of two
+            for view, g in zip(self._views, own, strict=True):
+                view.zero_() if g is None else torch.mul(g.to_dense(), scale, out=view)
+        else:
+            have = [view for view, g in zip(self._views, own, strict=True) if g is not None]
+            if len(have) < len(own):
+                torch._foreach_zero_([view for view, g in zip(self._views, own, strict=True) if g is None])
+            if have:
+                torch._foreach_copy_(have, [g.to_dense() for g in own if g is not None])
+            numbers.mul_(scale)
+        return not check or are_finite([numbers])
+
+    def unpack(self, means: list[torch.Tensor | None]) -> None:
+        """Put the means into their places in the list."""
+        for i, view, parameter in zip(self._places, self._views, self._parameters, strict=True):
+            means[i] = view if self._same_dtype else view.to(parameter.dtype)
+
+    def _is_held(self, gradients: Sequence[torch.Tensor | None]) -> bool:
+        """Whether the last means, or other tensors and arrays of their memory, are held elsewhere than in `gradients`.
+
+        Who kept them in one process, after `zero_grad()`, kept numbers that do not change.
+        """
+        if self._count_aliases() > self._aliases:
+            return True
+        counts = list(map(sys.getrefcount, self._views))
+        if max(counts, default=0) <= _FREE:
+            return False
+        own = zip(counts, self._views, gradients, strict=True)
+        return any(count > _FREE for count, view, g in own if g is not view)
+
+
+def are_finite(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether every element of the tensors is finite."""
+    values = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+    # A sum is finite only where every element is; it takes a tenth of the time of looking at each.
+    return all(bool(v.sum().isfinite()) or bool(v.isfinite().all()) for v in values)
+
+
+def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A part of a buffer in a parameter's shape, and in its order of dimensions where that leaves no gaps."""
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return part.as_strided(parameter.shape, parameter.stride())
+    return part.view(parameter.shape)
+
+
+def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, scale: float, name: str) -> torch.Tensor:
+    """The sum over all ranks of `scale` times a sparse COO gradient, by gathering every rank's rows."""
+    if gradient is None:
+        gradient = torch.zeros_like(parameter).to_sparse(1)
+    gradient = gradient.coalesce()
+    values = gradient.values().float() if gradient.dtype == torch.bfloat16 else gradient.values()
+    # Horovod gathers along the first dimension, which may differ in length between ranks.
+    ranks = _job.process_set()
+    with watch.waiting(name):
+        indices = hvd.allgather(gradient.indices().t().contiguous(), f"{name}.indices", ranks)
+        values = hvd.allgather((values * scale).contiguous(), f"{name}.values", ranks)
+    total = torch.sparse_coo_tensor(indices.t(), values, parameter.shape, check_invariants=True)
+    return total.coalesce().to(parameter.dtype)
