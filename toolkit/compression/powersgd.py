@@ -60,15 +60,17 @@ class PowerSGD(Compressor):
             else:
                 self._exact.append(there)
         exact = sum(place.stop - place.start for place in self._exact)
-        self._first = np.zeros(left + exact + 1, np.float32)  # every P, what travels as it is, NaN or 0
+        self._first = np.zeros(left + exact, np.float32)  # every P, and what travels as it is
         self._second = np.zeros(right, np.float32)  # every Qᵀ
         # RandomState, because numpy promises its stream for good.
         self._seeded = np.random.RandomState(0).standard_normal(right).astype(np.float32)
         self._kept = {"memory": np.zeros(self.length, np.float32), "q": self._seeded.copy()}
 
     def _average(self, flat: np.ndarray, wire: Wire) -> None:
-        finite = add_memory(flat, self._kept["memory"])
-        self._fill_first(flat, finite)
+        if add_memory(flat, self._kept["memory"]):
+            self._fill_first(flat)
+        else:
+            self._first.fill(np.nan)
         if not self._sum(self._first, wire):
             flat.fill(np.nan)
             return
@@ -82,13 +84,12 @@ class PowerSGD(Compressor):
             return
         self._finish(flat)
 
-    def _fill_first(self, flat: np.ndarray, finite: bool) -> None:
+    def _fill_first(self, flat: np.ndarray) -> None:
         for matrix in self._matrices:
             values = flat[matrix.flat].reshape(matrix.rows, matrix.columns)
             q = self._kept["q"][matrix.right].reshape(self.rank, matrix.columns)
             np.matmul(values, q.T, out=self._first[matrix.left].reshape(matrix.rows, self.rank))
-        end = len(self._first) - 1
-        self._first[end] = 0 if finite else np.nan  # what BLAS makes of NaN times 0 is its own matter
+        end = len(self._first)
         for place in reversed(self._exact):
             start = end - (place.stop - place.start)
             self._first[start:end] = flat[place]
@@ -110,7 +111,7 @@ class PowerSGD(Compressor):
             q = self._second[matrix.right].reshape(self.rank, matrix.columns)
             _replace_by_product(flat[matrix.flat].reshape(shape), memory[matrix.flat].reshape(shape), p, q)
             _normalise(q, self._seeded[matrix.right].reshape(q.shape), kept_q[matrix.right].reshape(q.shape))
-        end = len(self._first) - 1
+        end = len(self._first)
         for place in reversed(self._exact):
             start = end - (place.stop - place.start)
             flat[place] = self._first[start:end]
