@@ -193,6 +193,34 @@ def test_the_number_of_ranks_may_change_between_steps():
         assert same_bits(np.array(Ranks(size).run(work)), fresh[:, 0])
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_extra_values_travel_as_they_are(name, model, size):
+    """Also in a step that is not finite; they change nothing else, and are in the bytes."""
+    given = gradients(MODELS[model], size, steps=3)
+    given[1, -1, -1:] = np.nan
+    extra = np.random.default_rng(0).normal(size=(3, size, 5)).astype(np.float32)
+    ranks = Ranks(size)
+
+    def work(wire):
+        compressor = compression.make(name, MODELS[model], extra=5)
+        flats = [np.concatenate([step[wire.rank], more[wire.rank]]) for step, more in zip(given, extra, strict=True)]
+        for flat in flats:
+            compressor.average(flat, wire)
+            if flat is flats[0]:
+                assert ranks.bytes_sent[wire.rank] == compressor.bytes_per_step(size)
+        return np.array(flats), compressor
+
+    plain, _ = averaged(name, MODELS[model], given)
+    for flats, compressor in ranks.run(work):
+        np.testing.assert_allclose(flats[:, -5:], extra.mean(1), rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(flats[:, :-5], plain[0])
+        assert compressor.bytes_uncompressed(size) == compression.make("none", [(given.shape[-1] + 5,)]).bytes_per_step(
+            size
+        )
+
+
 @settings(max_examples=150)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), max_size=5),

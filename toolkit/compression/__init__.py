@@ -26,7 +26,7 @@ from toolkit.compression.topk import DEFAULT_SHARE, TopK
 from toolkit.errors import UsageError
 
 NAMES = ("none", "fp16", "bf16", "int8", "topk", "powersgd")
-_PLAIN: dict[str, Callable[[Sequence[tuple[int, ...]]], Compressor]] = {
+_PLAIN: dict[str, Callable[[Sequence[tuple[int, ...]], int], Compressor]] = {
     "none": Uncompressed,
     "fp16": Fp16,
     "bf16": Bf16,
@@ -35,12 +35,13 @@ _PLAIN: dict[str, Callable[[Sequence[tuple[int, ...]]], Compressor]] = {
 _LONGEST = 2**31 - 1  # MPI counts in 32 bits, and top-k's indices have as many
 
 
-def make(name: str, shapes: Sequence[Sequence[int]]) -> Compressor:
+def make(name: str, shapes: Sequence[Sequence[int]], extra: int = 0) -> Compressor:
     """The compressor of that name for gradients of these shapes.
 
     Args:
         name: one of `NAMES`; `topk:SHARE` with 0 < SHARE ≤ 1, `powersgd:RANK` with RANK ≥ 1.
         shapes: of the gradients in the order in which the flat array holds them, alike on all ranks.
+        extra: how many values come after them, such as flags, that are averaged as float32 in the same messages.
 
     Raises:
         UsageError: another name or argument, or more values than one message can hold.
@@ -49,14 +50,14 @@ def make(name: str, shapes: Sequence[Sequence[int]]) -> Compressor:
     scheme, colon, argument = name.partition(":")
     if scheme not in NAMES or (colon and scheme in _PLAIN):
         raise UsageError(f"compression is {name!r}: give one of {', '.join(NAMES)}, topk:0.01 or powersgd:4.")
-    values = sum(math.prod(shape) for shape in tensors)
+    values = sum(math.prod(shape) for shape in tensors) + extra
     if values > _LONGEST:
         raise UsageError(f"{values} gradients: compression takes at most {_LONGEST} of one optimizer; use several.")
     if scheme == "topk":
-        return TopK(tensors, _share(argument) if colon else DEFAULT_SHARE)
+        return TopK(tensors, _share(argument) if colon else DEFAULT_SHARE, extra)
     if scheme == "powersgd":
-        return PowerSGD(tensors, _rank(argument) if colon else DEFAULT_RANK)
-    return _PLAIN[scheme](tensors)
+        return PowerSGD(tensors, _rank(argument) if colon else DEFAULT_RANK, extra)
+    return _PLAIN[scheme](tensors, extra)
 
 
 def _share(text: str) -> float:

@@ -34,12 +34,14 @@ class Compressor(ABC):
     """Averages gradients over ranks with fewer bytes on the wire. One belongs to one optimizer on one rank.
 
     Attributes:
-        length: values in the flat array.
+        length: gradients in the flat array.
+        extra: values after them that travel as they are.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], extra: int = 0):
         """`shapes`: of the gradients, in the order in which the flat array holds them."""
         self.length = sum(math.prod(shape) for shape in shapes)
+        self.extra = extra
         self._kept: dict[str, np.ndarray] = {}  # float32: what goes from step to step
 
     def average(self, flat: np.ndarray, wire: Wire) -> None:
@@ -47,32 +49,41 @@ class Compressor(ABC):
 
         Where a gradient of any rank is not finite, or none of the scheme's range, the mean has values that are not
         finite on all ranks, and every rank's state stays as it was, so that all can leave the step out. (`none`,
-        `fp16` and `bf16` have no state, and such values only where a gradient is not finite.)
+        `fp16` and `bf16` have no state, and such values only where a gradient is not finite.) The means of the extra
+        values are right then too.
 
         Args:
-            flat: float32, shape (length,), contiguous; all gradients of this rank, one after the other.
+            flat: float32, shape (length + extra,), contiguous; all gradients of this rank, one after the other.
             wire: joins the ranks. Their number may change between calls.
 
         Raises:
             ValueError: `flat` is something else.
         """
-        found = isinstance(flat, np.ndarray) and flat.dtype == np.float32 and flat.shape == (self.length,)
+        length = self.length + self.extra
+        found = isinstance(flat, np.ndarray) and flat.dtype == np.float32 and flat.shape == (length,)
         if not (found and flat.flags.c_contiguous and flat.flags.writeable):
-            raise ValueError(f"give a contiguous, writable float32 array of {self.length} values.")
-        if self.length:
-            with np.errstate(all="ignore"):  # values that are not finite are the caller's to judge
-                self._average(flat, wire)
+            raise ValueError(f"give a contiguous, writable float32 array of {length} values.")
+        with np.errstate(all="ignore"):  # values that are not finite are the caller's to judge
+            if self.length:
+                self._average(flat[: self.length], flat[self.length :], wire)
+            elif self.extra:
+                mean(flat, wire)
 
     @abstractmethod
-    def _average(self, flat: np.ndarray, wire: Wire) -> None: ...
+    def _average(self, flat: np.ndarray, extra: np.ndarray, wire: Wire) -> None:
+        """Replace both by their means; there is at least one gradient."""
 
-    @abstractmethod
     def bytes_per_step(self, size: int) -> int:
-        """Bytes that one rank of `size` sends to others a step, where a sum is a ring all-reduce."""
+        """Bytes that one rank of `size` sends to others a step, at most; a sum counts as a ring all-reduce."""
+        return self._bytes(size) if self.length else ring_bytes(self.extra, size)
+
+    @abstractmethod
+    def _bytes(self, size: int) -> int:
+        """`bytes_per_step`, where there is at least one gradient."""
 
     def bytes_uncompressed(self, size: int) -> int:
         """What `bytes_per_step` is with `none`."""
-        return ring_bytes(4 * self.length, size)
+        return ring_bytes(self.length + self.extra, size)
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of what goes from step to step on this rank; float32. `memory` is each rank's own."""
@@ -98,25 +109,32 @@ class Compressor(ABC):
 class Uncompressed(Compressor):
     """The exact mean, up to rounding."""
 
-    def _average(self, flat: np.ndarray, wire: Wire) -> None:
-        wire.sum(flat)
-        np.divide(flat, wire.size, out=flat)
+    def __init__(self, shapes: Sequence[tuple[int, ...]], extra: int = 0):
+        super().__init__([*shapes, (extra,)])  # which travel as gradients do
 
-    def bytes_per_step(self, size: int) -> int:
-        """See `Compressor.bytes_per_step`: 2·(size − 1) pieces of a size-th of the gradients."""
-        return ring_bytes(4 * self.length, size)
+    def _average(self, flat: np.ndarray, extra: np.ndarray, wire: Wire) -> None:
+        mean(flat, wire)
+
+    def _bytes(self, size: int) -> int:
+        return self.bytes_uncompressed(size)
 
 
 def _told(state: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {dtype}{list(shape)}" for name, (dtype, shape) in sorted(state.items())) or "nothing"
 
 
+def mean(array: np.ndarray, wire: Wire) -> None:
+    """Replace `array` by its mean over all ranks."""
+    wire.sum(array)
+    np.divide(array, wire.size, out=array)
+
+
 def ring_bytes(length: int, size: int) -> int:
-    """Bytes that a rank sends in a ring all-reduce of `length` bytes of 4-byte values: the longest pieces count.
+    """Bytes that a rank sends in a ring all-reduce of `length` float32: 2·(size − 1) pieces, of the longest one's size.
 
     Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
     """
-    return 2 * (size - 1) * 4 * -(-length // (4 * size))
+    return 2 * (size - 1) * 4 * -(-length // size)
 
 
 def blocks(length: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.compression.common import BLOCK, Compressor, Wire, add_memory, all_finite, offsets, ring_bytes
+from toolkit.compression.common import BLOCK, Compressor, Wire, add_memory, all_finite, mean, offsets, ring_bytes
 
 DEFAULT_RANK = 4
 
@@ -41,9 +41,9 @@ class PowerSGD(Compressor):
     whose results depend on processor and threads.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], rank: int = DEFAULT_RANK):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], rank: int = DEFAULT_RANK, extra: int = 0):
         """`rank`: r, at least 1."""
-        super().__init__(shapes)
+        super().__init__(shapes, extra)
         self.rank = rank
         self._matrices: list[_Matrix] = []
         self._exact: list[slice] = []  # where in the flat array what travels as it is lies
@@ -60,18 +60,22 @@ class PowerSGD(Compressor):
             else:
                 self._exact.append(there)
         exact = sum(place.stop - place.start for place in self._exact)
-        self._first = np.zeros(left + exact, np.float32)  # every P, and what travels as it is
+        self._first = np.zeros(left + exact + extra, np.float32)  # every P, what travels as it is, and the extra values
         self._second = np.zeros(right, np.float32)  # every Qᵀ
         # RandomState, because numpy promises its stream for good.
         self._seeded = np.random.RandomState(0).standard_normal(right).astype(np.float32)
         self._kept = {"memory": np.zeros(self.length, np.float32), "q": self._seeded.copy()}
 
-    def _average(self, flat: np.ndarray, wire: Wire) -> None:
+    def _average(self, flat: np.ndarray, extra: np.ndarray, wire: Wire) -> None:
+        end = len(self._first) - self.extra
         if add_memory(flat, self._kept["memory"]):
             self._fill_first(flat)
         else:
-            self._first.fill(np.nan)
-        if not self._sum(self._first, wire):
+            self._first[:end] = np.nan
+        self._first[end:] = extra
+        mean(self._first, wire)
+        extra[:] = self._first[end:]
+        if not all_finite(self._first[:end]):
             flat.fill(np.nan)
             return
         for matrix in self._matrices:
@@ -79,7 +83,9 @@ class PowerSGD(Compressor):
             _make_orthonormal(p)
             values = flat[matrix.flat].reshape(matrix.rows, matrix.columns)
             np.matmul(p.T, values, out=self._second[matrix.right].reshape(self.rank, matrix.columns))
-        if not self._sum(self._second, wire):
+        if self._matrices:
+            mean(self._second, wire)
+        if not all_finite(self._second):
             flat.fill(np.nan)
             return
         self._finish(flat)
@@ -89,18 +95,11 @@ class PowerSGD(Compressor):
             values = flat[matrix.flat].reshape(matrix.rows, matrix.columns)
             q = self._kept["q"][matrix.right].reshape(self.rank, matrix.columns)
             np.matmul(values, q.T, out=self._first[matrix.left].reshape(matrix.rows, self.rank))
-        end = len(self._first)
+        end = len(self._first) - self.extra
         for place in reversed(self._exact):
             start = end - (place.stop - place.start)
             self._first[start:end] = flat[place]
             end = start
-
-    def _sum(self, array: np.ndarray, wire: Wire) -> bool:
-        """Make `array` its mean over all ranks; whether that is finite."""
-        if len(array):
-            wire.sum(array)
-            np.divide(array, wire.size, out=array)
-        return all_finite(array)
 
     def _finish(self, flat: np.ndarray) -> None:
         """Put the mean in `flat`, what it lacks of this rank's own in the memory, and Q by for the next step."""
@@ -111,15 +110,15 @@ class PowerSGD(Compressor):
             q = self._second[matrix.right].reshape(self.rank, matrix.columns)
             _replace_by_product(flat[matrix.flat].reshape(shape), memory[matrix.flat].reshape(shape), p, q)
             _normalise(q, self._seeded[matrix.right].reshape(q.shape), kept_q[matrix.right].reshape(q.shape))
-        end = len(self._first)
+        end = len(self._first) - self.extra
         for place in reversed(self._exact):
             start = end - (place.stop - place.start)
             flat[place] = self._first[start:end]
             end = start
 
-    def bytes_per_step(self, size: int) -> int:
-        """See `Compressor.bytes_per_step`: two sums."""
-        return ring_bytes(4 * len(self._first), size) + ring_bytes(4 * len(self._second), size)
+    def _bytes(self, size: int) -> int:
+        """Two sums."""
+        return ring_bytes(len(self._first), size) + ring_bytes(len(self._second), size)
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -21,20 +21,22 @@ _TINY = np.float32(1e-36)  # a largest value below it counts as zero: 127 divide
 class _Quantised(Compressor):
     """The exchange; what the bytes mean is said by the methods that a subclass gives."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
-        super().__init__(shapes)
+    def __init__(self, shapes: Sequence[tuple[int, ...]], extra: int = 0):
+        super().__init__(shapes, extra)
         self._work = np.empty(min(BLOCK, self.length), np.float32)
         self._parts: list[slice] = []  # by rank, for as many ranks as the latest call had
         self._send = self._received = np.empty((0, 0), np.uint8)  # a part's row for each rank
 
-    def _average(self, flat: np.ndarray, wire: Wire) -> None:
+    def _average(self, flat: np.ndarray, extra: np.ndarray, wire: Wire) -> None:
         if len(self._parts) != wire.size:
             self._lay_out(wire.size)
         own = self._parts[wire.rank]
         for rank in range(wire.size):
             if rank != wire.rank:
                 self._encode(flat, rank, self._send[rank])
+        self._extra_of(self._send)[:] = extra
         wire.all_to_all(self._send, self._received)
+        extra[:] = np.add.reduce(self._extra_of(self._received)) / np.float32(wire.size)
         self._begin_sum(flat, own)
         for rank in range(wire.size):
             if rank != wire.rank:
@@ -46,17 +48,20 @@ class _Quantised(Compressor):
 
     def _lay_out(self, size: int) -> None:
         self._parts = [self._part(rank, size) for rank in range(size)]
-        self._send = np.zeros((size, self._row_bytes(size)), np.uint8)
+        self._send = np.zeros((size, self._row_bytes(size) + 4 * self.extra), np.uint8)
         self._received = np.zeros_like(self._send)
+
+    def _extra_of(self, rows: np.ndarray) -> np.ndarray:
+        return rows[:, rows.shape[1] - 4 * self.extra :].view(np.float32)
 
     def _part(self, rank: int, size: int) -> slice:
         """What `rank` sums; all but the last ones are equally long."""
         length = -(-self.length // size)
         return slice(min(rank * length, self.length), min((rank + 1) * length, self.length))
 
-    def bytes_per_step(self, size: int) -> int:
-        """See `Compressor.bytes_per_step`: 2·(size − 1) encoded parts, of the longest one's bytes."""
-        return 2 * (size - 1) * self._row_bytes(size)
+    def _bytes(self, size: int) -> int:
+        """2·(size − 1) encoded parts, of the longest one's bytes; the extra values with each."""
+        return 2 * (size - 1) * (self._row_bytes(size) + 4 * self.extra)
 
     @abstractmethod
     def _row_bytes(self, size: int) -> int:
@@ -67,7 +72,7 @@ class _Quantised(Compressor):
         """Write `rank`'s part of this rank's gradients into `row`."""
 
     def _begin_sum(self, flat: np.ndarray, own: slice) -> None:
-        """Make this rank's own part what the others' are added to; it is not encoded before that."""
+        """Make this rank's own part what the others' are added to; it was not encoded."""
 
     @abstractmethod
     def _add(self, row: np.ndarray, flat: np.ndarray, rank: int) -> None:
@@ -83,20 +88,22 @@ class _Quantised(Compressor):
 
 
 class _Sixteen(_Quantised):
-    def __init__(self, shapes: Sequence[tuple[int, ...]], codec: sixteen.Fp16 | sixteen.Bf16):
-        super().__init__(shapes)
+    def __init__(self, shapes: Sequence[tuple[int, ...]], extra: int, codec: sixteen.Fp16 | sixteen.Bf16):
+        super().__init__(shapes, extra)
         self._codec = codec
 
     def _row_bytes(self, size: int) -> int:
         return 2 * -(-self.length // size)
 
     def _encode(self, flat: np.ndarray, rank: int, row: np.ndarray) -> None:
-        values, codes = flat[self._parts[rank]], row.view(np.uint16)
+        values = flat[self._parts[rank]]
+        codes = row[: 2 * len(values)].view(np.uint16)
         for block in blocks(len(values)):
             self._codec.encode(values[block], codes[block])
 
     def _add(self, row: np.ndarray, flat: np.ndarray, rank: int) -> None:
-        values, codes = flat[self._parts[rank]], row.view(np.uint16)
+        values = flat[self._parts[rank]]
+        codes = row[: 2 * len(values)].view(np.uint16)
         for block in blocks(len(values)):
             there = values[block]
             decoded = self._work[: len(there)]
@@ -105,7 +112,8 @@ class _Sixteen(_Quantised):
 
     def _finish(self, flat: np.ndarray, wire: Wire) -> None:
         for part, row in zip(self._parts, self._received, strict=True):
-            values, codes = flat[part], row.view(np.uint16)
+            values = flat[part]
+            codes = row[: 2 * len(values)].view(np.uint16)
             for block in blocks(len(values)):
                 self._codec.decode(codes[block], values[block])
 
@@ -113,15 +121,15 @@ class _Sixteen(_Quantised):
 class Fp16(_Sixteen):
     """IEEE half precision. What is beyond 65,504 becomes infinite, below 3e-8 zero."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
-        super().__init__(shapes, sixteen.Fp16())
+    def __init__(self, shapes: Sequence[tuple[int, ...]], extra: int = 0):
+        super().__init__(shapes, extra, sixteen.Fp16())
 
 
 class Bf16(_Sixteen):
     """bfloat16: float32's range with 8 bits of precision."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
-        super().__init__(shapes, sixteen.Bf16())
+    def __init__(self, shapes: Sequence[tuple[int, ...]], extra: int = 0):
+        super().__init__(shapes, extra, sixteen.Bf16())
 
 
 class Int8(_Quantised):
@@ -134,8 +142,8 @@ class Int8(_Quantised):
     `tests/single/test_compression_convergence.py` has a case. It takes a third more of time.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]]):
-        super().__init__(shapes)
+    def __init__(self, shapes: Sequence[tuple[int, ...]], extra: int = 0):
+        super().__init__(shapes, extra)
         self._kept["memory"] = np.zeros(self.length, np.float32)
         self._bounds = np.unique(offsets(shapes))
         self._pieces: list[list[slice]] = []  # by rank
@@ -158,7 +166,7 @@ class Int8(_Quantised):
         return 4 * -(-self.length // (4 * size))
 
     def _steps(self, rows: np.ndarray) -> np.ndarray:
-        return rows[..., self._code_bytes(len(self._parts)) :].view(np.float32)
+        return rows[..., self._code_bytes(len(self._parts)) : rows.shape[-1] - 4 * self.extra].view(np.float32)
 
     def _encode(self, flat: np.ndarray, rank: int, row: np.ndarray) -> None:
         self._write(flat, rank, row, self._kept["memory"])

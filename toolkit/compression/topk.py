@@ -25,18 +25,19 @@ class TopK(Compressor):
     grows in the memory until it is among the largest.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], share: float = DEFAULT_SHARE):
+    def __init__(self, shapes: Sequence[tuple[int, ...]], share: float = DEFAULT_SHARE, extra: int = 0):
         """`share`: k as a share of all values, over 0 up to 1; at least one value is sent."""
-        super().__init__(shapes)
+        super().__init__(shapes, extra)
         self.k = min(self.length, max(1, round(share * self.length)))
         self._kept["memory"] = np.zeros(self.length, np.float32)
-        self._send = np.zeros((2, self.k), np.uint32)  # places, and the bits of the values
-        self._received = np.zeros((0, 2, self.k), np.uint32)
+        self._send = np.zeros(2 * self.k + extra, np.uint32)  # places, and the bits of their and the extra values
+        self._received = np.zeros((0, len(self._send)), np.uint32)
 
-    def _average(self, flat: np.ndarray, wire: Wire) -> None:
+    def _average(self, flat: np.ndarray, extra: np.ndarray, wire: Wire) -> None:
         if len(self._received) != wire.size:
-            self._received = np.zeros((wire.size, 2, self.k), np.uint32)
-        places, values = self._send[0], self._send[1].view(np.float32)
+            self._received = np.zeros((wire.size, len(self._send)), np.uint32)
+        places, values = self._send[: self.k], self._send[self.k : 2 * self.k].view(np.float32)
+        self._send[2 * self.k :] = extra.view(np.uint32)
         if add_memory(flat, self._kept["memory"]):
             places[:] = largest(flat, self.k)
             np.take(flat, places, out=values)
@@ -44,19 +45,21 @@ class TopK(Compressor):
         else:
             values.fill(np.nan)
         wire.all_gather(self._send, self._received)
-        every = self._received[:, 1].view(np.float32)
+        every = self._received[:, self.k :].view(np.float32)
+        np.divide(every, wire.size, out=every)
+        every, extras = every[:, : self.k], every[:, self.k :]
+        extra[:] = np.add.reduce(extras)
         if not all_finite(every):
             flat.fill(np.nan)
             return
         np.copyto(self._kept["memory"], flat)
         flat.fill(0)
-        np.divide(every, wire.size, out=every)
-        for its_places, its_values in zip(self._received[:, 0], every, strict=True):
+        for its_places, its_values in zip(self._received[:, : self.k], every, strict=True):
             flat[its_places] += its_values  # a rank's places differ
 
-    def bytes_per_step(self, size: int) -> int:
-        """See `Compressor.bytes_per_step`: k places and values of 4 bytes each, to every other rank."""
-        return 8 * self.k * (size - 1)
+    def _bytes(self, size: int) -> int:
+        """To every other rank k places and values, and the extra ones, of 4 bytes each."""
+        return 4 * (2 * self.k + self.extra) * (size - 1)
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:
