@@ -453,7 +453,7 @@ class Run:
             self.check_sync()
         # Before there is another copy of the state.
         output.decided_by_rank_0(self.world, self.adapter, self._writer.wait)
-        local = self.adapter.gather(self.adapter.export_local(self.model))
+        local = self.adapter.gather(self.adapter.export_local(self.model, self.optimizer))
         counts = {"audit/counts": self._audit.counts()} if self._audit else {}
         if self.world.rank == 0:
             state = {**self._state(local), **counts}
@@ -482,9 +482,8 @@ class Run:
         counts = {"audit/counts": self._audit.counts()} if self._audit else {}
         manifest = {**self._manifest(), "stopped": self._stopped}  # read from a commit only: a resumed run goes on
         # The last collective operation of a commit: who has its result knows that rank 0 has written the rows.
-        told = self.adapter.gather(
-            (self.adapter.export_local(self.model), manifest["extra"], self._membership.hosts_changed.is_set())
-        )
+        local = self.adapter.export_local(self.model, self.optimizer)
+        told = self.adapter.gather((local, manifest["extra"], self._membership.hosts_changed.is_set()))
         manifest["extra"] = told[0][1]
         state = {**self._state([local for local, _, _ in told]), **counts}
         self._membership.keep(checkpoint.Checkpoint(self.directory, manifest, state))
@@ -679,7 +678,7 @@ class Run:
             adapter.broadcast_state(self.model, self.optimizer)
         if found is not None and local is not None:
             with _one_line(found.path, f"what rank {world.rank} keeps for itself"):
-                adapter.import_local(self.model, local)
+                adapter.import_local(self.model, local, self.optimizer)
         else:  # other workers than before draw other numbers than before
             mixed = np.random.SeedSequence([seed, self.step]).generate_state(1)[0] if self.step else seed
             adapter.seed_local(self.model, int(mixed), world.rank)

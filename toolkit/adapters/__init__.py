@@ -81,7 +81,8 @@ class Adapter(Protocol):
             accumulation_steps: k ≥ 1; the mean over k calls' gradients is applied once in k calls.
             clip_norm: largest global L2 norm of the averaged gradients; longer ones are scaled down
                 to it, after averaging and accumulation. None: no clipping.
-            compression: "none", or "fp16": gradients travel as 16-bit floats.
+            compression: what is saved of the bytes, and lost of the digits, on the way: "none", "fp16", "bf16", "int8",
+                "topk" (or "topk:0.01"), "powersgd" (or "powersgd:4"); see `toolkit.compression`.
             reducer: who adds up the gradients: "horovod"; "mpi": all of them in one operation in the calling
                 thread, where MPI started the workers; "auto": whichever is faster for so many gradients, which is
                 tried out when the first ones are there.
@@ -169,15 +170,16 @@ class Adapter(Protocol):
             rank: this rank.
         """
 
-    def export_local(self, model: Any) -> dict[str, np.ndarray]:
-        """Copies of what each rank keeps for itself: random states, and BatchNorm's running statistics.
+    def export_local(self, model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
+        """Copies of what each rank keeps for itself: random states, BatchNorm's statistics, compression's memory.
 
         Returns:
-            `random/<generator>` of Python, numpy, the framework and the model's random layers, and
-            `model/<name>` of the statistics, under the names of `export_state`.
+            `random/<generator>` of Python, numpy, the framework and the model's random layers,
+            `model/<name>` of the running statistics, under the names of `export_state`, and
+            `compression/<name>` of what a distributed optimizer's compression carries from step to step.
         """
 
-    def import_local(self, model: Any, state: Mapping[str, np.ndarray]) -> None:
+    def import_local(self, model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
         """Put back what `export_local` gave, all or nothing.
 
         Raises:

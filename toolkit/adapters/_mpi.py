@@ -14,12 +14,7 @@ _LONGEST = 2**28  # elements of one operation: MPI-3 counts them with 31 bits
 
 
 class MpiWire:
-    """Moves arrays between the ranks of a group; `toolkit.compression.Wire`.
-
-    Attributes:
-        rank: this process's, within the group.
-        size: the group's.
-    """
+    """See `toolkit.compression.Wire`; every rank of the communicator makes one, and the same calls on it."""
 
     def __init__(self, communicator: Any) -> None:
         from mpi4py import MPI
@@ -29,7 +24,7 @@ class MpiWire:
         self.size: int = communicator.size
 
     def sum(self, array: np.ndarray) -> None:
-        """Replace an array, contiguous, by its sum over all ranks."""
+        """See `toolkit.compression.Wire.sum`."""
         flat = array.reshape(-1)
         for start in range(0, flat.size, _LONGEST):
             self._communicator.Allreduce(self._in_place, flat[start : start + _LONGEST])
@@ -44,24 +39,13 @@ class MpiWire:
         """Every rank's value, anything that pickles, in rank order."""
         return self._communicator.allgather(value)
 
-    def all_to_all(self, array: np.ndarray) -> np.ndarray:
-        """Send row r to rank r.
+    def all_to_all(self, send: np.ndarray, received: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.all_to_all`."""
+        self._communicator.Alltoall(send, received)
 
-        Args:
-            array: shape (size, n), contiguous, of the same shape on all ranks.
-
-        Returns:
-            Of the same shape; row r came from rank r.
-        """
-        received = np.empty_like(array)
-        self._communicator.Alltoall(array.view(np.uint8), received.view(np.uint8))
-        return received
-
-    def all_gather(self, array: np.ndarray) -> np.ndarray:
-        """Every rank's array, contiguous and of the same shape on all ranks, along a new first axis."""
-        received = np.empty((self.size, *array.shape), array.dtype)
-        self._communicator.Allgather(array.view(np.uint8), received.view(np.uint8))
-        return received
+    def all_gather(self, send: np.ndarray, received: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.all_gather`."""
+        self._communicator.Allgather(send, received)
 
 
 _wires: dict[tuple[int, ...], MpiWire] = {}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from toolkit import compression as compressors
 from toolkit.adapters import _job
 from toolkit.adapters._mpi import MpiWire
+from toolkit.compression import Compressor
 from toolkit.errors import UsageError
 
 REDUCERS = ("auto", "horovod", "mpi")
+_PREFIX = "compression/"
 _ROUNDS = 5  # of the measurement behind "auto"
 _MEASURED = 2**20  # elements that it adds up at most: beyond, both take the time that the bytes take
 
@@ -44,6 +47,46 @@ def leave_out(broken: str) -> None:
     """Note that a step was left out: the first of this rank's gradients that was not finite, or ""."""
     if exchange.broken is None:
         exchange.broken = broken
+
+
+class Averager:
+    """What the frameworks' averagers of gradients have alike.
+
+    Args:
+        name: names the collective operations, alike on all ranks, and is used for nothing else.
+        compression: see `toolkit.compression.make`.
+        reducer: one of `REDUCERS`.
+    """
+
+    def __init__(self, name: str, compression: str, reducer: str) -> None:
+        self._name, self._compression, self._reducer = name, compression, reducer
+        self._compressor: Compressor | None = None  # None: not yet made, or there is none
+        self._state: Mapping[str, np.ndarray] = {}  # for it, from a checkpoint
+
+    def _make_compressor(self, shapes: Sequence[Sequence[int]], extra: int) -> None:
+        """Make the compressor for gradients of these shapes, where there is to be one."""
+        if self._compression != "none":
+            state = self._compressor.state() if self._compressor else self._state
+            self._compressor = compressors.make(self._compression, shapes, extra)
+            if state:
+                self._compressor.load_state(state)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the compression carries from step to step on this rank, by names that begin with `compression/`."""
+        found = self._compressor.state() if self._compressor else self._state
+        return {f"{_PREFIX}{name}": array for name, array in found.items()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put back what `state` gave, at the latest when the first gradients are there."""
+        own = {name.removeprefix(_PREFIX): array for name, array in state.items() if name.startswith(_PREFIX)}
+        if self._compressor:
+            self._compressor.load_state(own)
+        self._state = own
+
+
+def without_compression(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `Averager.state` has no part in."""
+    return {name: array for name, array in state.items() if not name.startswith(_PREFIX)}
 
 
 def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], elements: int) -> MpiWire | None:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from toolkit import compression as compressors
 from toolkit.adapters import _reduction
 from toolkit.errors import UsageError
-
-COMPRESSIONS = ("none", "fp16")
 
 
 def seed_python_and_numpy(seed: int) -> None:
@@ -54,8 +53,7 @@ def check_distribute_options(accumulation_steps: int, clip_norm: float | None, c
         raise UsageError(f"accumulation_steps is {accumulation_steps!r}: give a whole number of at least 1.")
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
         raise UsageError(f"clip_norm is {clip_norm!r}: give a positive number, or None for no clipping.")
-    if compression not in COMPRESSIONS:
-        raise UsageError(f"compression is {compression!r}: give one of {', '.join(COMPRESSIONS)}.")
+    compressors.make(compression, [])
     _reduction.check(reducer)
 
 

@@ -14,7 +14,6 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from toolkit import watch
 from toolkit.adapters import _job, _reduction
-from toolkit.adapters._mpi import MpiWire
 from toolkit.adapters._reduction import exchange
 from toolkit.errors import UsageError
 
@@ -22,6 +21,7 @@ from toolkit.errors import UsageError
 _MISSING, _SPARSE, _DENSE = 0, 1, 2
 _UNDECIDED = "undecided"
 _ALIGNMENT = 64  # bytes
+_EXTRA = 2  # numbers that travel beside the gradients
 
 
 def set_threads(threads: int) -> None:
@@ -117,7 +117,7 @@ def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     return heard, broken
 
 
-class GradientAverager:
+class GradientAverager(_reduction.Averager):
     """Averages gradients over all ranks, in and outside `tf.function`.
 
     A gradient missing (None) on some ranks counts as zero there; one missing on every rank stays
@@ -126,9 +126,8 @@ class GradientAverager:
     """
 
     def __init__(self, name: str, compression: str, reducer: str):
-        """`name` names the collective operations, alike on all ranks, and is used for nothing else."""
-        self._name, self._compression, self._reducer = name, compression, reducer
-        self._wire: MpiWire | None | str = _UNDECIDED
+        super().__init__(name, compression, reducer)
+        self._wire: Any = _UNDECIDED  # a `toolkit.compression.Wire`, or None: Horovod adds up tensors
         self._broken = ""  # where the wire's latest mean is not finite: the first of this rank's variables
         self._taken: Any = None  # a tensor: whether it is, or nobody asks; None where Horovod added up
         self._agreed: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
@@ -141,8 +140,6 @@ class GradientAverager:
             with tf.init_scope():
                 self._wire = self._choose(variables, kinds)
         self._taken = None
-        if isinstance(self._wire, MpiWire) and _SPARSE not in kinds:
-            return self._through_wire(gradients, variables, kinds)
         means: list[Any] = [None] * len(kinds)
         dense: dict[tf.DType, list[int]] = {}
         for i, kind in enumerate(kinds):
@@ -150,6 +147,9 @@ class GradientAverager:
                 means[i] = self._average_sparse(gradients[i], variables[i], f"{self._name}.sparse{i}")
             elif kind == _DENSE:
                 dense.setdefault(self._wire_dtype(variables[i]), []).append(i)
+        if self._wire is not None:
+            self._through_wire(gradients, variables, dense, means)
+            return means
         graph, ranks = _exchange(), _job.process_set()
         if not any(dtype.is_floating for dtype in dense):
             dense[tf.float32] = []
@@ -198,27 +198,37 @@ class GradientAverager:
 
         _either(taken, apply, leave_out)
 
-    def _choose(self, variables: Sequence[Any], kinds: Sequence[int]) -> MpiWire | None:
+    def _choose(self, variables: Sequence[Any], kinds: Sequence[int]) -> Any:
         def by_horovod(numbers: np.ndarray) -> None:
             hvd.allreduce(tf.constant(numbers), name=f"{self._name}.trial", op=hvd.Sum, process_set=ranks).numpy()
 
         ranks = _job.process_set()
         on_gpu = any("GPU" in getattr(getattr(v, "value", v), "device", "") for v in variables)
-        if self._reducer == "mpi" and (on_gpu or _SPARSE in kinds):
-            what = "a GPU's gradients" if on_gpu else "sparse gradients (tf.IndexedSlices)"
-            raise UsageError(f'reducer="mpi" does not add up {what}: use "horovod" or "auto".')
-        if on_gpu or _SPARSE in kinds:
+        if ranks.size() == 1:
             return None
+        if on_gpu and self._reducer == "mpi":
+            raise UsageError('reducer="mpi" adds up in the memory of the host: use "horovod" for a GPU\'s.')
+        compressed = _HorovodWire(self._name, ranks) if self._compression != "none" else None
+        if on_gpu or (_SPARSE in kinds and self._reducer == "auto"):  # whose rows Horovod gathers
+            return compressed
         with watch.waiting(f"{self._name}.trial"):
-            return _reduction.choose(self._reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
+            wire = _reduction.choose(self._reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
+        return wire or compressed
 
-    def _through_wire(self, gradients: Sequence[Any], variables: Sequence[Any], kinds: Sequence[int]) -> list[Any]:
-        """The means by one operation on numpy arrays, in which the flag goes along."""
-        groups: dict[tf.DType, list[int]] = {}
-        for i, kind in enumerate(kinds):
-            if kind == _DENSE:
-                groups.setdefault(self._wire_dtype(variables[i]), []).append(i)
+    def _through_wire(
+        self, gradients: Sequence[Any], variables: Sequence[Any], groups: dict[tf.DType, list[int]], means: list[Any]
+    ) -> None:
+        """Put the means of dense gradients into a list, by one operation on numpy arrays, in which the flag goes along.
+
+        Args:
+            gradients: of all variables.
+            variables: what they belong to.
+            groups: the places of those that are dense, by the type in which they travel.
+            means: of all variables.
+        """
         groups = groups or {tf.float32: []}
+        if self._compression != "none":
+            self._make_compressor([variables[i].shape for i in groups[tf.float32]], _EXTRA)
         packed = [
             tf.concat(
                 [tf.zeros([0], dtype)]
@@ -236,26 +246,29 @@ class GradientAverager:
 
         *sums, self._taken = tf.numpy_function(add_up, packed, [*groups, tf.bool])
         self._taken.set_shape([])
-        means: list[Any] = [None] * len(kinds)
         for mean, (dtype, indices) in zip(sums, groups.items(), strict=True):
             mean.set_shape([sum(sizes[dtype])])
             for i, part in zip(indices, tf.split(mean, sizes[dtype]), strict=True):
                 means[i] = tf.cast(tf.reshape(part, variables[i].shape), variables[i].dtype)
-        return means
 
     def _add_up(self, arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarray) -> list[Any]:
         """The arrays' means over all ranks, in new arrays, and whether the step may be taken."""
-        wire: Any = self._wire
         self._broken = _first_broken(arrays, names, ends) if exchange.guarded else ""
-        buffers = [_aligned(array.size + 2, array.dtype) for array in arrays]
+        buffers = [_aligned(array.size + _EXTRA, array.dtype) for array in arrays]
+        scale = 1 if self._compressor else 1 / self._wire.size
         for array, buffer in zip(arrays, buffers, strict=True):
-            np.multiply(array, array.dtype.type(1 / wire.size), out=buffer[:-2])
-            buffer[-2:] = exchange.flag, bool(self._broken)
+            np.multiply(array, array.dtype.type(scale), out=buffer[:-_EXTRA])
+            buffer[-_EXTRA:] = exchange.flag, bool(self._broken)
             with watch.waiting(self._name):
-                wire.sum(buffer)
-        heard, broken = buffers[0][-2:]
+                if self._compressor:
+                    self._compressor.average(buffer, self._wire)
+                else:
+                    self._wire.sum(buffer)
+        heard, broken = buffers[0][-_EXTRA:]
         exchange.heard |= bool(heard > 0)
-        return [*(buffer[:-2] for buffer in buffers), np.bool_(broken == 0)]
+        if self._compressor and exchange.guarded and not np.isfinite(buffers[0].sum()):
+            broken = not np.isfinite(buffers[0]).all()  # a mean that overflowed
+        return [*(buffer[:-_EXTRA] for buffer in buffers), np.bool_(broken == 0)]
 
     def _kinds(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[int]:
         local = [_MISSING if g is None else _SPARSE if isinstance(g, tf.IndexedSlices) else _DENSE for g in gradients]
@@ -286,9 +299,10 @@ class GradientAverager:
 
     def _wire_dtype(self, variable: Any) -> tf.DType:
         dtype = tf.as_dtype(variable.dtype)
-        if self._compression == "fp16" and dtype.is_floating:
-            return tf.float16
-        return tf.float32 if dtype == tf.bfloat16 else dtype  # Horovod's TensorFlow part knows no bfloat16
+        if self._compression != "none":
+            return tf.float32
+        narrow = (tf.bfloat16,) if self._wire is None else (tf.bfloat16, tf.float16)
+        return tf.float32 if dtype in narrow else dtype  # Horovod knows no bfloat16, and MPI no float16 either
 
     def _average_sparse(self, gradient: Any, variable: Any, name: str) -> tf.IndexedSlices:
         """The mean of row-sparse gradients: every rank's rows, those of the same index summed."""
@@ -324,6 +338,36 @@ def _are_finite(tensors: Sequence[Any]) -> Any:
         lambda: True,
         lambda: tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in values])),
     )
+
+
+class _HorovodWire:
+    """See `toolkit.compression.Wire`."""
+
+    def __init__(self, name: str, ranks: Any) -> None:
+        self._name, self._ranks = name, ranks
+        self.rank: int = ranks.rank()
+        self.size: int = ranks.size()
+
+    def sum(self, array: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.sum`."""
+        name = f"{self._name}.sum{array.size}"
+        array[...] = hvd.allreduce(tf.constant(array), name=name, op=hvd.Sum, process_set=self._ranks).numpy()
+
+    def all_to_all(self, send: np.ndarray, received: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.all_to_all`."""
+        name = f"{self._name}.all_to_all{send.nbytes}"
+        rows = hvd.alltoall(tf.constant(_bytes(send)), name=name, process_set=self._ranks)
+        _bytes(received)[...] = rows.numpy()
+
+    def all_gather(self, send: np.ndarray, received: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.all_gather`."""
+        name = f"{self._name}.all_gather{send.nbytes}"
+        _bytes(received)[...] = hvd.allgather(tf.constant(_bytes(send[None])), name, process_set=self._ranks).numpy()
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """An array's rows as bytes of the same memory: Horovod knows few types."""
+    return array.reshape(len(array), -1).view(np.uint8)
 
 
 def _first_broken(arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarray) -> str:

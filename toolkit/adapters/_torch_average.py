@@ -22,7 +22,7 @@ _FREE = 2  # references to a view that nobody has but its buffer: the list's, an
 _ELSEWHERE = -1
 
 
-class GradientAverager:
+class GradientAverager(_reduction.Averager):
     """Averages an optimizer's gradients over all ranks, by one flat buffer for all of a dtype.
 
     The first buffer ends with what travels beside the gradients: which of them this rank has, and the rank's flag.
@@ -35,12 +35,11 @@ class GradientAverager:
     """
 
     def __init__(self, name: str, compression: str, reducer: str) -> None:
-        """`name` names the collective operations, alike on all ranks, and is used for nothing else."""
-        self._name, self._compression, self._reducer = name, compression, reducer
+        super().__init__(name, compression, reducer)
         self._parameters: Sequence[torch.Tensor] = []
         self._sparse: Sequence[int] = []
         self._buffers: list[_Buffer] = []
-        self._wire: MpiWire | None = None
+        self._wire: Any = None  # a `toolkit.compression.Wire`; None: Horovod adds up tensors
         self.broken: int | None = None
 
     @torch.no_grad()
@@ -72,7 +71,8 @@ class GradientAverager:
             return self._alone(gradients, passes)
         if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
             self._lay_out(list(parameters), sparse or [False] * len(parameters))
-        scale = 1.0 / (ranks.size() * passes)
+        share = 1.0 / (ranks.size() * passes)
+        scale = 1.0 / passes if self._compressor else share  # compression averages by itself
         finite = [buffer.pack(gradients, scale, exchange.guarded) for buffer in self._buffers]
         if exchange.guarded and not (all(finite) and are_finite([gradients[i] for i in self._sparse])):
             self.broken = next(i for i, g in enumerate(gradients) if not are_finite([g]))
@@ -80,6 +80,8 @@ class GradientAverager:
         control.copy_(torch.tensor([*(g is not None for g in gradients), exchange.flag, self.broken is not None]))
         with watch.waiting(self._name):
             self._add_up(ranks)
+        if exchange.guarded and self._compressor and not are_finite([self._buffers[0].tensor]):
+            control[-1] = 1.0  # a mean that overflowed
         *present, heard, broken = control.tolist()
         exchange.heard |= heard > 0
         if broken > 0 and self.broken is None:
@@ -88,7 +90,7 @@ class GradientAverager:
         for buffer in self._buffers:
             buffer.unpack(means)
         for i in self._sparse:
-            means[i] = _average_sparse(gradients[i], parameters[i], scale, f"{self._name}.sparse{i}")
+            means[i] = _average_sparse(gradients[i], parameters[i], share, f"{self._name}.sparse{i}")
         if min(present) > 0:
             return means
         return [mean if here > 0 else None for mean, here in zip(means, present, strict=True)]
@@ -102,10 +104,14 @@ class GradientAverager:
     def _lay_out(self, parameters: list[torch.Tensor], sparse: Sequence[bool]) -> None:
         dense = [p for p, is_sparse in zip(parameters, sparse, strict=True) if not is_sparse]
         self._wire = self._choose(dense)
+        if self._compression != "none":
+            self._wire = self._wire or _HorovodWire(self._name, _job.process_set())
+            self._make_compressor([p.shape for p in dense], len(parameters) + 2)
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, p in enumerate(parameters):
             if not sparse[i]:
-                places.setdefault((self._wire_dtype(p.dtype), p.device), []).append(i)
+                device = dense[0].device if self._compressor else p.device
+                places.setdefault((self._wire_dtype(p.dtype), device), []).append(i)
         if not places:
             places[torch.float32, parameters[0].device] = []
         # Alike on all ranks, and so in a name: a rank with another model is told by Horovod, not mixed up.
@@ -129,13 +135,20 @@ class GradientAverager:
             return _reduction.choose(self._reducer, hvd, by_horovod, sum(p.numel() for p in dense))
 
     def _wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if self._compression == "fp16" and dtype.is_floating_point and self._wire is None:
-            return torch.float16
+        if self._compressor:
+            return torch.float32
         # Horovod knows no bfloat16, and MPI no float16 either.
         narrow = (torch.bfloat16,) if self._wire is None else (torch.bfloat16, torch.float16)
         return torch.float32 if dtype in narrow else dtype
 
     def _add_up(self, ranks: Any) -> None:
+        if self._compressor:
+            tensor = self._buffers[0].tensor
+            array = tensor.cpu().numpy()  # on a CPU the tensor's own memory
+            self._compressor.average(array, self._wire)
+            if tensor.device.type != "cpu":
+                tensor.copy_(torch.from_numpy(array))
+            return
         if self._wire is not None:
             for buffer in self._buffers:
                 self._wire.sum(buffer.tensor.numpy())
@@ -146,6 +159,35 @@ class GradientAverager:
         ]
         for handle in handles:
             hvd.synchronize(handle)
+
+
+class _HorovodWire:
+    """See `toolkit.compression.Wire`."""
+
+    def __init__(self, name: str, ranks: Any) -> None:
+        self._name, self._ranks = name, ranks
+        self.rank: int = ranks.rank()
+        self.size: int = ranks.size()
+
+    def sum(self, array: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.sum`."""
+        name = f"{self._name}.sum{array.size}"
+        hvd.allreduce_(torch.from_numpy(array), name=name, op=hvd.Sum, process_set=self._ranks)
+
+    def all_to_all(self, send: np.ndarray, received: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.all_to_all`."""
+        rows = hvd.alltoall(_bytes(send), name=f"{self._name}.all_to_all{send.nbytes}", process_set=self._ranks)
+        _bytes(received).copy_(rows)
+
+    def all_gather(self, send: np.ndarray, received: np.ndarray) -> None:
+        """See `toolkit.compression.Wire.all_gather`."""
+        rows = hvd.allgather(_bytes(send[None]), f"{self._name}.all_gather{send.nbytes}", self._ranks)
+        _bytes(received).copy_(rows)
+
+
+def _bytes(array: np.ndarray) -> torch.Tensor:
+    """An array's rows as bytes of the same memory: Horovod knows few types."""
+    return torch.from_numpy(array.reshape(len(array), -1).view(np.uint8))
 
 
 class _Buffer:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from toolkit.adapters import _job, _keras_optimizer, _keras_state, _shared, _tensorflow_ops
+from toolkit.adapters import _job, _keras_optimizer, _keras_state, _reduction, _shared, _tensorflow_ops
 from toolkit.adapters._tensorflow_data import Loader as Loader
 from toolkit.adapters._tensorflow_data import tf_data as tf_data
 from toolkit.errors import UsageError
@@ -128,20 +128,23 @@ def seed_local(model: Any, seed: int, rank: int) -> None:
     _shared.seed_python_and_numpy(seed)
 
 
-def export_local(model: Any) -> dict[str, np.ndarray]:
+def export_local(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_local`.
 
     Keras' random layers and `tf.random.Generator.from_…` are among it; what TensorFlow's operations with a
     hidden state draw (`tf.random.normal`, `tf.image.random_flip…`) is not: use the `stateless_` ones.
     """
-    return {**_keras_state.export_local(model), **_tensorflow_ops.export_random()}
+    kept = {} if optimizer is None else optimizer._average.state()
+    return {**_keras_state.export_local(model), **_tensorflow_ops.export_random(), **kept}
 
 
-def import_local(model: Any, state: Mapping[str, np.ndarray]) -> None:
+def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.import_local`."""
-    _shared.check_state_fits(state, export_local(model))
+    _shared.check_state_fits(_reduction.without_compression(state), export_local(model))
     _keras_state.import_local(model, state)
     _tensorflow_ops.import_random(state)
+    if optimizer is not None:
+        optimizer._average.load_state(state)
 
 
 def describe(model: Any) -> dict[str, Any]:

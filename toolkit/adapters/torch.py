@@ -328,14 +328,17 @@ def seed_local(model: Any, seed: int, rank: int) -> None:
     _torch_ops.seed_random(_shared.framework_seed(seed, rank))
 
 
-def export_local(model: Any) -> dict[str, np.ndarray]:
+def export_local(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_local`; `torch.Generator` objects of one's own are not among it."""
-    return _torch_state.export_local(model)
+    kept = {} if optimizer is None else optimizer._averager.state()
+    return {**_torch_state.export_local(model), **kept}
 
 
-def import_local(model: Any, state: Mapping[str, np.ndarray]) -> None:
+def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.import_local`."""
-    _torch_state.import_local(model, state)
+    _torch_state.import_local(model, _reduction.without_compression(state))
+    if optimizer is not None:
+        optimizer._averager.load_state(state)
 
 
 def describe(model: Any) -> dict[str, Any]:

@@ -611,7 +611,7 @@ def mistakes_get_one_clear_line():
     raises(lambda: dp.distribute(twice, model), "first.bias", "twice")
     raises(lambda: dp.distribute(optimizer, model, accumulation_steps=0), "accumulation_steps is 0")
     raises(lambda: dp.distribute(optimizer, model, clip_norm=-1.0), "clip_norm is -1.0")
-    raises(lambda: dp.distribute(optimizer, model, compression="zip"), "'zip'", "none, fp16")
+    raises(lambda: dp.distribute(optimizer, model, compression="zip"), "'zip'", "none, fp16, bf16")
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     raises(lambda: dp.distribute(optimizer, model), "create it after")
     model, optimizer = new(torch.optim.SGD)
