@@ -34,13 +34,14 @@ def mapped(path: Path) -> np.ndarray:
         # Before open(), which waits for a writer if this is a named pipe.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UsageError(f"{name} is a directory or device, not a file: give the path of a .npy file")
-        array = np.lib.format.open_memmap(path, "r")
+        with np.errstate(over="ignore"):
+            array = np.lib.format.open_memmap(path, "r")
         size = os.path.getsize(path)
     except OSError as error:
         raise UsageError(f"{name} can't be read ({error.strerror}): give a readable .npy file") from error
     except UsageError:
         raise
-    except (ValueError, TypeError, OverflowError) as error:
+    except Exception as error:  # numpy reads the header by Python's tokenizer and parser, with their errors
         text = " ".join(str(error).split())
         raise UsageError(f"{name} is no whole .npy file of numbers ({text}): write it with np.save") from error
     shape = " x ".join(map(str, array.shape))

@@ -53,7 +53,7 @@ class Rows:
         )
         self._array = np.asarray(array) if self.in_bulk else array  # a memmap's own methods take microseconds
         self._map, self._begin = _mapping(self._array) if self.in_bulk else (None, 0)
-        self._row_bytes = self._array.strides[0] if self.in_bulk else 0
+        self._row_bytes = self._array.nbytes // max(1, len(self._array)) if self.in_bulk else 0
         self.mapped_bytes = self._row_bytes if self._map else 0
         self._used: list[np.ndarray] = []
 
