@@ -5,13 +5,14 @@
     python tests/benchmarks/input.py --json FILE     # the figures as well
 
 One process. In each repetition every way reads the same number of batches in shuffled order, one way after the other;
-a ratio is that of one repetition. "with a step" puts 5 ms between batches, in which the cores are idle as while an
-accelerator computes, and counts the time that the loop waits for batches. "not in memory" empties the file from the
-kernel's cache before each reading, and reads another part of it each time.
+a ratio is that of one repetition. The time counts that the loop waits for batches, not what it does between them.
+"with a step" puts 5 ms between batches, in which the cores are idle as while an accelerator computes. "not in memory"
+empties the file from the kernel's cache before each reading, and reads another part of it each time.
 """
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -88,26 +89,21 @@ def forget(path):
         os.close(opened)
 
 
-def of_run(case, run, data):
-    """Endless batches of a run, epoch after epoch, each logged, as tensors."""
-    loss = torch.tensor(0.5)
-    for _ in run.epochs():
-        for batch in run.batches(data):
-            yield torch.from_numpy(batch.x), torch.from_numpy(batch.y)
-            run.log(loss=loss)
-        run.end_epoch()
+def of_run(run, data):
+    """An epoch's batches of a run, as tensors."""
+    for batch in run.batches(data):
+        yield torch.from_numpy(batch.x), torch.from_numpy(batch.y)
 
 
 def of_loader(case, data, workers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a mapped file is not writable
         dataset = TensorDataset(torch.from_numpy(data.x), torch.from_numpy(data.y))
-    while True:
-        yield from DataLoader(dataset, case.batch, shuffle=True, num_workers=workers)
+    yield from DataLoader(dataset, case.batch, shuffle=True, num_workers=workers)
 
 
-def samples_per_second(case, batches):
-    """Of `case.steps` batches, the first of which the pipeline has to begin for."""
+def samples_per_second(case, batches, log):
+    """Of an epoch's first `case.steps` batches, with what the pipeline does to begin."""
     waited = samples = 0.0
     for _ in range(case.steps):
         began = time.perf_counter()
@@ -115,6 +111,7 @@ def samples_per_second(case, batches):
         waited += time.perf_counter() - began
         samples += len(x)
         del x
+        log()
         if case.step:
             time.sleep(STEP_SECONDS)
     return samples / waited
@@ -133,11 +130,12 @@ def measure(case, repetitions, directory, world):
                     forget(path)
                     data = Split(*arrays(case, directory))
                 if way == "batches":
-                    batches = of_run(case, stack.enter_context(new_run(case, directory, world)), data)
+                    run = stack.enter_context(new_run(case, directory, world))
+                    batches, log = of_run(run, data), functools.partial(run.log, loss=torch.tensor(0.5))
                 else:
-                    batches = of_loader(case, data, 2 if "workers" in way else 0)
+                    batches, log = of_loader(case, data, 2 if "workers" in way else 0), lambda: None
                 stack.enter_context(contextlib.closing(batches))
-                found[way].append(samples_per_second(case, batches))
+                found[way].append(samples_per_second(case, batches, log))
             del batches
     return {way: values[1:] for way, values in found.items()}  # the first warms up
 
