@@ -106,9 +106,9 @@ def digits(data_dir: Path | None = None) -> tuple[Split, Split]:
             scikit-learn is needed and missing.
     """
     if data_dir is not None and npy.is_in(data_dir):
-        test = _digits_in_npy(data_dir, "test")
+        training, test = (_digits_in_npy(data_dir, part) for part in ("train", "test"))
         # In memory, as it is evaluated in one piece; and torch takes no read-only array without a warning.
-        return _digits_in_npy(data_dir, "train"), Split(np.array(test.x), np.array(test.y))
+        return training, Split(np.array(test.x), np.array(test.y))
     if data_dir is not None:
         return _mnist(data_dir, "train"), _mnist(data_dir, "t10k")
     data = _sklearn_datasets().load_digits()

@@ -95,7 +95,7 @@ def test_told_to_stop_or_killed_while_a_thread_reads(name, files, tmp_path):
     result = launch(2, [*command, "--output", tmp_path / "run"], timeout=500)  # which finds nothing left
     assert result.returncode == (143 if name == "SIGTERM" else 128 + signal.SIGKILL), result.stderr
     if name == "SIGTERM":
-        assert "stopped by SIGTERM on rank 1 after step 12; to go on: " in result.stdout
+        assert re.search(r"stopped by SIGTERM on rank 1 .*after step \d+; to go on: ", result.stdout), result.stdout
         assert re.findall(r"reading threads: (\d+) began, (\d+) left", result.stdout) == [("1", "0")] * 2
     else:
         assert "rank 1" in result.stderr and "killed" in result.stderr.lower(), result.stderr
