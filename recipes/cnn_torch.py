@@ -28,7 +28,7 @@ class Options(RunOptions):
     dropout: float = option(0.0, "share of the hidden units left out", minimum=0, below=1)
     shift: int = option(0, "augmentation: pixels that a training image is moved by at most", minimum=0, maximum=8)
     data_dir: Path | None = option(
-        None, "directory of MNIST's IDX files, plain or .gz (default: digits of scikit-learn)"
+        None, "directory of MNIST's IDX files, plain or .gz, or of train_x.npy … (default: digits of scikit-learn)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The recipes' data: real, small, the same in every process, and without a download."""
+"""The recipes' data: real, small, the same in every process, and without a download; or files of the user's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
+from toolkit import npy
 from toolkit.errors import UsageError
 
 # The third byte of an IDX file, and the values it announces (big-endian).
@@ -31,6 +33,8 @@ _TRAIN_SHARE = 0.8
 class Split:
     """Samples to train on or to test with; `len()` is their number.
 
+    `Split(*npy.pair(directory, "train"))` is of `train_x.npy` and `train_y.npy`, which need not fit in memory.
+
     Attributes:
         x: inputs, first axis the sample.
         y: targets, first axis the sample.
@@ -43,7 +47,7 @@ class Split:
         return len(self.y)
 
     def take(self, indices: np.ndarray) -> Split:
-        """The samples of these indices, in this order."""
+        """The samples of these indices, in this order; in memory, also those of mapped files."""
         return Split(self.x[indices], self.y[indices])
 
 
@@ -57,10 +61,12 @@ def shifted(images: np.ndarray, generators: Iterable[np.random.Generator], most:
     """
     if most == 0:
         return images
-    height, width = images.shape[1:]
-    padded = np.pad(images, ((0, 0), (most, most), (most, most)))
-    moves = [generator.integers(0, 2 * most, 2, endpoint=True) for generator in generators]
-    return np.stack([image[y : y + height, x : x + width] for image, (y, x) in zip(padded, moves, strict=True)])
+    number, height, width = images.shape
+    padded = np.zeros((number, height + 2 * most, width + 2 * most), images.dtype)
+    padded[:, most:-most, most:-most] = images
+    moves = [g.integers(0, 2 * most, 2, endpoint=True) for _, g in zip(images, generators, strict=True)]
+    y, x = np.transpose(moves)
+    return sliding_window_view(padded, (height, width), (1, 2))[np.arange(number), y, x]
 
 
 def with_noise(x: np.ndarray, generators: Iterable[np.random.Generator], deviation: float) -> np.ndarray:
@@ -83,12 +89,13 @@ def digits(data_dir: Path | None = None) -> tuple[Split, Split]:
     Without `data_dir` these are scikit-learn's 1,797 digits of 8x8 pixels, each pixel repeated 3 times
     in both directions and a border of 2 added. 1,437 of them are for training and 360 for testing, in
     the order of one permutation that is the same in every process and with every numpy version. With
-    `data_dir` they are MNIST's training and test set, in the order of its files.
+    `data_dir` they are MNIST's training and test set, in the order of its files, or those of .npy files.
 
     Args:
         data_dir: directory with MNIST's four IDX files, plain or gzipped: `train-images-idx3-ubyte`,
             `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, each also as
-            `train-images.idx3-ubyte` and so on.
+            `train-images.idx3-ubyte` and so on. Or with `train_x.npy`, `train_y.npy`, `test_x.npy` and `test_y.npy`
+            of the types and shapes below; the training samples are mapped, so that they need not fit in memory.
 
     Returns:
         (train, test); x is float32 of shape (n, 28, 28) with values 0 … 1, y is int64 of shape (n,) with
@@ -98,6 +105,10 @@ def digits(data_dir: Path | None = None) -> tuple[Split, Split]:
         UsageError: the directory or a file is missing, unreadable, damaged or not what MNIST's file is;
             scikit-learn is needed and missing.
     """
+    if data_dir is not None and npy.is_in(data_dir):
+        training, test = (_digits_in_npy(data_dir, part) for part in ("train", "test"))
+        # In memory, as it is evaluated in one piece; and torch takes no read-only array without a warning.
+        return training, Split(np.array(test.x), np.array(test.y))
     if data_dir is not None:
         return _mnist(data_dir, "train"), _mnist(data_dir, "t10k")
     data = _sklearn_datasets().load_digits()
@@ -106,8 +117,9 @@ def digits(data_dir: Path | None = None) -> tuple[Split, Split]:
     y = data.target.astype(np.int64)
     # RandomState, because numpy promises never to change its stream; default_rng's may change.
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(y))
-    train, test = np.split(order, [int(_TRAIN_SHARE * len(y))])
-    return Split(x[train], y[train]), Split(x[test], y[test])
+    whole = Split(x, y)
+    first, rest = np.split(order, [int(_TRAIN_SHARE * len(y))])
+    return whole.take(first), whole.take(rest)
 
 
 def diabetes() -> Split:
@@ -227,6 +239,25 @@ def _read_header(file: BinaryIO | gzip.GzipFile, name: str) -> tuple[np.dtype, t
     return dtype, shape
 
 
+def _digits_in_npy(data_dir: Path, part: str) -> Split:
+    x, y = npy.pair(data_dir, part)
+    for which, array, dtype, inner, what in (
+        ("x", x, np.float32, (28, 28), "n x 28 x 28 values of float32"),
+        ("y", y, np.int64, (), "n values of int64"),
+    ):
+        if array.dtype != dtype or array.shape != (len(array), *inner):
+            raise UsageError(
+                f"{_quoted(Path(data_dir, f'{part}_{which}.npy'))} holds {' x '.join(map(str, array.shape))} values of "
+                f"{array.dtype} but {what} are needed: write the samples so with np.save"
+            )
+    if y.min() < 0 or y.max() > 9:
+        raise UsageError(
+            f"{_quoted(Path(data_dir, f'{part}_y.npy'))} holds labels of {y.min()} to {y.max()} but digits are 0 to 9: "
+            "give labels of 0 to 9"
+        )
+    return Split(x, y)
+
+
 def _mnist(data_dir: Path, part: str) -> Split:
     """Read and check one part of MNIST, `train` or `t10k`."""
     images_path = _mnist_file(data_dir, f"{part}-images", "idx3-ubyte")
@@ -260,13 +291,13 @@ def _mnist_file(data_dir: Path, stem: str, kind: str) -> Path:
     except OSError as error:
         raise UsageError(
             f"{_quoted(data_dir)} can't be read as a directory ({error.strerror}): give one that "
-            "holds MNIST's four IDX files, or none to train on scikit-learn's digits"
+            "holds MNIST's four IDX files or .npy files, or none to train on scikit-learn's digits"
         ) from error
     names = [f"{stem}{joint}{kind}{suffix}" for suffix in ("", ".gz") for joint in "-."]
     for name in names:
         if name in present:
             return Path(data_dir, name)
-    raise UsageError(f"{_quoted(data_dir)} holds none of {', '.join(names)}: put MNIST's file there")
+    raise UsageError(f"{_quoted(data_dir)} holds none of {', '.join(names)}: put MNIST's file there, or train_x.npy")
 
 
 def _sklearn_datasets() -> Any:

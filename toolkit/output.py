@@ -183,9 +183,9 @@ class Metrics:
         self._failed_at: float | None = None
         self._try()
 
-    def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Add a row, and give it to the operating system, or keep it until that takes it."""
-        self._waiting.append(json.dumps({"kind": kind, **row}).encode() + b"\n")
+    def write(self, kind: str, *rows: dict[str, Any]) -> None:
+        """Add rows, and give them to the operating system, or keep them until that takes them."""
+        self._waiting += [json.dumps({"kind": kind, **row}).encode() + b"\n" for row in rows]
         if self._failed_at is None or time.monotonic() - self._failed_at >= _RETRY_SECONDS:
             self._try()
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, elastic, ending, output, plain, schedule, watch
+from toolkit import checkpoint, elastic, ending, output, plain, reading, schedule, watch
 from toolkit.adapters import Adapter
 from toolkit.agreement import Agreement
 from toolkit.audit import Audit
@@ -147,6 +147,7 @@ class Run:
         self._losses: list[Any] = []  # this pass's or earlier ones' of an unfinished step
         self._rows: list[dict[str, Any]] = []
         self._part: Part | None = None  # what `follow` handed out last
+        self._cuts: reading.Cuts | None = None  # handed out last
         self._sync = SyncCheck(adapter, options.check_sync)
         self._audit = Audit(adapter, samples) if options.audit else None
         self._reference = min(options.batch_size or options.global_batch_size, samples)  # the rate is for this batch
@@ -274,14 +275,29 @@ class Run:
         """This rank's batches of the current epoch, from where it stands; `log` is called once for each.
 
         Args:
-            data: holds numpy arrays `x` and `y` of `samples` rows each.
+            data: holds numpy arrays `x` and `y` of `samples` rows each, in memory or mapped from files; they are not
+                to be changed within an epoch, as batches may be cut ahead. A batch is a copy, the loop's own.
+
+        Raises:
+            UsageError: x or y has fewer rows.
         """
-        epoch, seed = self.epoch, self.options.seed
-        parts = self.parts_left_in_epoch()
-        return self.follow(
-            (part, Batch(data.x[part.indices], data.y[part.indices], part.weight, part.indices, epoch, seed))
-            for part in parts
-        )
+        return self._batches(self.cuts(data, self.parts_left_in_epoch()), self.epoch)
+
+    def cuts(self, data: Any, parts: Iterable[Part]) -> reading.Cuts:
+        """The parts with their rows of `data.x` and `data.y`; see `toolkit.reading`. End with the run, or the next."""
+        self._end_cuts()
+        self._cuts = reading.read(data.x, data.y, parts, self.sharding.samples)
+        return self._cuts
+
+    def _end_cuts(self) -> None:
+        if self._cuts is not None:
+            self._cuts.close()
+            self._cuts = None
+
+    def _batches(self, cuts: reading.Cuts, epoch: int) -> Iterator[Batch]:
+        seed = self.options.seed
+        with contextlib.closing(cuts):  # also where the loop ends early
+            yield from self.follow((part, Batch(x, y, part.weight, part.indices, epoch, seed)) for part, x, y in cuts)
 
     def follow(self, batches: Iterable[tuple[Part, Item]]) -> Iterator[Item]:
         """Hand on batches that another pipeline loads, and see to it that each is logged.
@@ -420,7 +436,7 @@ class Run:
             "seconds": round(seconds, 4),
             **({"not_finite": not_finite} if not_finite else {}),
         }
-        self._write_row("epoch", row)
+        self._write_rows("epoch", row)
         if self.finished or self.epoch % self.options.print_every == 0:
             shown = {"loss": loss, **metrics}
             text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
@@ -494,6 +510,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         watch.leaving(error)
+        self._end_cuts()
         self.progress.close()
         try:
             try:
@@ -559,20 +576,24 @@ class Run:
         """Average the noted losses over the ranks; rank 0 writes the rows."""
         if not self._rows:
             return
-        local = np.array([np.mean([float(loss) for loss in row["loss"]]) for row in self._rows])
-        losses = self.adapter.average({"loss": local})["loss"]
-        for row, loss in zip(self._rows, losses, strict=True):  # type: ignore[arg-type]
+        local = np.array([row["loss"][0] if len(row["loss"]) == 1 else np.mean(row["loss"]) for row in self._rows])
+        losses = np.asarray(self.adapter.average({"loss": local})["loss"]).tolist()
+        for row, loss in zip(self._rows, losses, strict=True):
             finite = math.isfinite(loss) and "skipped" not in row
-            self._at.loss_sum += float(loss) if finite else 0.0
+            self._at.loss_sum += loss if finite else 0.0
             self._at.not_finite += not finite
-            self._write_row("step", {**row, "loss": float(loss)})
+            row["loss"] = loss
+        self._write_rows("step", *self._rows)
         self._rows = []
 
-    def _write_row(self, kind: str, row: dict[str, Any]) -> None:
+    def _write_rows(self, kind: str, *rows: dict[str, Any]) -> None:
         if self._metrics is not None:
             # JSON has no NaN.
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self._metrics.write(kind, finite)
+            finite = [
+                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+                for row in rows
+            ]
+            self._metrics.write(kind, *finite)
 
     def _is_stopped_anew(self) -> bool:
         """Whether the ranks know by now, and did not before, that the run is to stop before it is complete."""

@@ -11,7 +11,9 @@ import numpy as np
 
 from toolkit import watch
 from toolkit.errors import UsageError
+from toolkit.reading import Cuts, Rows
 from toolkit.run import Batch, Run
+from toolkit.sharding import Part
 
 if keras.backend.backend() == "torch":
     from toolkit.adapters._keras_torch_ops import export_random, import_random
@@ -33,9 +35,9 @@ class Batches(keras.utils.PyDataset):
 
     Args:
         run: the entered run.
-        data: numpy arrays `data.x` and `data.y` of one row a sample; or a map-style dataset, where
-            `data[index]` for an int index gives one sample's (x, y), numbers, arrays or CPU tensors, or nests
-            (tuples, lists, dicts) of them, which are stacked. Anything that has `[]` is taken as map-style.
+        data: numpy arrays `data.x` and `data.y` of one row a sample, as `Run.batches` takes them; or a map-style
+            dataset, where `data[index]` for an int index gives one sample's (x, y), numbers, arrays or CPU tensors, or
+            nests (tuples, lists, dicts) of them, which are stacked. Anything that has `[]` is taken as map-style.
         prepare: from a batch to the model's input, such as adding a channel axis or augmentation;
             `Batch.generators` gives random numbers that do not depend on the rank, which numbers drawn
             within `data[index]` do.
@@ -60,6 +62,9 @@ class Batches(keras.utils.PyDataset):
             )
         self._run, self._data, self._prepare = run, data, prepare
         self._map_style = _check_data(run, data)
+        self._rows = None if self._map_style else (Rows(data.x), Rows(data.y))
+        self._cuts: Cuts | None = None
+        self._next = 0  # of the parts, in what is cut
         self._taken = run.epoch, list(run.parts_left_in_epoch())
         self._asked = itertools.count()
 
@@ -73,7 +78,7 @@ class Batches(keras.utils.PyDataset):
             raise UsageError("fit() shuffles the batches, which are in their order already: pass shuffle=False.")
         epoch, parts = self._taken
         part = parts[index]
-        x, y = self._read(part.indices)
+        x, y = self._read(parts, index)
         batch = Batch(x, y, part.weight, part.indices, epoch, self._run.options.seed)
         return self._prepare(batch), y, np.full(len(part.indices), part.weight, np.float32)
 
@@ -87,12 +92,19 @@ class Batches(keras.utils.PyDataset):
         """Count anew; Keras has ended the epoch's threads by now, and tried out first batches before the first."""
         self._asked = itertools.count()
 
-    def _read(self, indices: np.ndarray) -> tuple[Any, Any]:
-        if not self._map_style:
-            return self._data.x[indices], self._data.y[indices]
-        samples = [self._data[index] for index in indices.tolist()]
-        x, y = zip(*((x, y) for x, y in samples), strict=True)
-        return _stacked(x), _stacked(y)
+    def _read(self, parts: list[Part], index: int) -> tuple[Any, Any]:
+        if self._rows is None:
+            samples = [self._data[sample] for sample in parts[index].indices.tolist()]
+            x, y = zip(*((x, y) for x, y in samples), strict=True)
+            return _stacked(x), _stacked(y)
+        if keras.backend.backend() == "tensorflow":  # where tf.data reads ahead
+            of_x, of_y = self._rows
+            return of_x.cut(parts[index].indices), of_y.cut(parts[index].indices)
+        if self._cuts is None or index != self._next:  # Keras tries out the first batches before an epoch
+            self._cuts = self._run.cuts(self._data, parts[index:])
+        self._next = index + 1
+        _, x, y = next(self._cuts)
+        return x, y
 
 
 def _check_data(run: Run, data: Any) -> bool:
