@@ -158,7 +158,8 @@ class Job:
 
     def weights(self, path: Path | None = None) -> list[dict[str, Any]]:
         """Each rank's hash of its weights, and its peak of memory in MiB; rank 0 writes its weights to `path`."""
-        return self._ask_each([{"do": "weights", "path": str(path) if path and rank == 0 else None} for rank in range(self.size)])
+        paths = [str(path) if path else None, *[None] * (self.size - 1)]
+        return self._ask_each([{"do": "weights", "path": path} for path in paths])
 
     def turn(self, count: int) -> float:
         """The time that a step took the slowest rank, in seconds, over a turn of `count` steps."""
@@ -278,6 +279,7 @@ class Result:
         peak_megabytes: of memory, of each rank, in MiB.
         ranks_equal: all ranks held the same weights, after the first steps and after the last.
         weights: where rank 0's are, after the first steps.
+        initial: and before them.
     """
 
     failed: str | None = None
@@ -287,6 +289,7 @@ class Result:
     peak_megabytes: list[float] = field(default_factory=list)
     ranks_equal: bool | None = None
     weights: Path | None = None
+    initial: Path | None = None
 
 
 def compete(
@@ -353,6 +356,8 @@ def _meet(job: Job, result: Result) -> None:
 def _warm_up(job: Job, result: Result, warm_steps: int, directory: Path) -> None:
     """The first steps; hash and keep the weights that they lead to."""
     job.resume()
+    result.initial = directory / f"{job.directory.name}.initial"
+    job.weights(result.initial)
     job.steps(warm_steps)
     result.weights = directory / f"{job.directory.name}.weights"
     result.ranks_equal = _alike(job.weights(result.weights))

@@ -38,8 +38,10 @@ def threads() -> int:
 
 
 def place() -> tuple[int, int]:
-    """Rank and size, where the arena itself starts the ranks, without a launcher."""
-    return int(os.environ[RANK]), int(os.environ[SIZE])
+    """Rank and size of a process that asks no framework for them, by the arena or by Open MPI's mpirun."""
+    names = (RANK, SIZE) if RANK in os.environ else ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+    rank, size = (int(os.environ[name]) for name in names)
+    return rank, size
 
 
 def directory() -> Path:

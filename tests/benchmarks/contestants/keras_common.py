@@ -126,5 +126,3 @@ def arrays(ranks, steps_per_epoch=50):
             x.append(own[step % len(own)][0])
             y.append(own[step % len(own)][1])
     return np.concatenate(x), np.concatenate(y)
-
-

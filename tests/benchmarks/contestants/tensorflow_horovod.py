@@ -19,7 +19,7 @@ def train_step(x, y, first_batch):
         loss = loss_of(y, model(x, training=True))
     tape = hvd.DistributedGradientTape(tape)
     gradients = tape.gradient(loss, weights)
-    optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+    optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
     if first_batch:  # after the first step, which makes the optimizer's variables
         hvd.broadcast_variables([v.value for v in model.variables], root_rank=0)
         hvd.broadcast_variables([v.value for v in optimizer.variables], root_rank=0)

@@ -37,7 +37,7 @@ def train_step(x, y):
         with tf.GradientTape() as tape:
             loss = loss_of(y, model(x, training=True))  # Keras 3 divides it by the number of replicas
         gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         return loss
 
     return strategy.run(replica_step, args=(x, y))

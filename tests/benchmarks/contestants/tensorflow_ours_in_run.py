@@ -29,7 +29,7 @@ def train_step(x, y, weight):
     with tf.GradientTape() as tape:
         loss = loss_of(y, model(x, training=True)) * weight
     gradients = tape.gradient(loss, model.trainable_variables)
-    optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+    optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
     return loss
 
 
@@ -37,7 +37,8 @@ with Run(options, world, dp, model, optimizer, STEPS_PER_EPOCH * batch) as run:
     turns = common.begin(world.rank, model)
     steps = turns.of(common.batches(world.rank))
     for _ in run.epochs():
-        for part, (x, y) in run.follow((part, (part, step)) for part, step in zip(run.parts_left_in_epoch(), steps)):
+        parts = zip(run.parts_left_in_epoch(), steps, strict=False)  # parts first: at an epoch's end no step is taken
+        for part, (x, y) in run.follow((part, (part, batch)) for part, batch in parts):
             optimizer.learning_rate = run.learning_rate()
             run.log(loss=train_step(x, y, tf.constant(part.weight, tf.float32)))
         if turns.over:

@@ -1,7 +1,8 @@
 """torch's DistributedDataParallel: `torch_ddp.py gloo|mpi fast|plain`.
 
 fast: what torch's documentation offers for speed. gradient_as_bucket_view saves a copy of the gradients, static_graph
-the search for unused parameters; without broadcast_buffers BatchNorm's statistics stay each rank's own, as Horovod's do.
+the search for unused parameters; without
+broadcast_buffers BatchNorm's statistics stay each rank's own, as Horovod's do.
 plain: torch's own defaults.
 """
 

@@ -25,7 +25,8 @@ with Run(options, world, dp, model, optimizer, STEPS_PER_EPOCH * batch) as run:
     turns = common.begin(world.rank, model)
     steps = turns.of(common.batches(world.rank))
     for _ in run.epochs():
-        for part, (x, y) in run.follow((part, (part, step)) for part, step in zip(run.parts_left_in_epoch(), steps)):
+        parts = zip(run.parts_left_in_epoch(), steps, strict=False)  # parts first: at an epoch's end no step is taken
+        for part, (x, y) in run.follow((part, (part, batch)) for part, batch in parts):
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate()
             optimizer.zero_grad()
