@@ -26,8 +26,8 @@ def markdown(results: Results) -> str:
         "Contestants of one table train the same model from the same weights on the same batches, "
         f"{BATCH} samples a rank, with SGD and as many compute threads (cores // ranks, at least 1). They take turns "
         f"of about {machine['turn_seconds']} s, {machine['rounds']} rounds in changing order, while all threads of the "
-        "others are stopped; with other than 2 ranks at most 5 rounds of half of that time. A step's time is the slowest rank's. Ratios are of medians; the worst is that of the one "
-        "round that is worst for us.",
+        "others are stopped; with other than 2 ranks at most 5 rounds of half of that time. A step's time is the "
+        "slowest rank's. Ratios are of medians; the worst is that of the one round that is worst for us.",
         "## Targets",
         _table(["step time, 2 ranks", "at most", "measured", "worst round", ""], _target_rows(results)),
         *_sections(results),

@@ -49,7 +49,7 @@ def main() -> None:
             if what in options.only or not (options.only or options.short):
                 measure(results, options, Path(directory))
     text = report.markdown(results)
-    print(text)
+    print(text, end="")
     _keep(results, options)
     if options.output is not None:
         (options.output / "results.md").write_text(text)
@@ -139,7 +139,7 @@ def _run_group(group: groups.Group, options: argparse.Namespace, directory: Path
                 "talks": contestant.talks,
                 "difference": _difference(result, found[reference]),
             }
-            del told[contestant.name]["weights"]
+            del told[contestant.name]["weights"], told[contestant.name]["initial"]
     return {"name": group.name, **dataclasses.asdict(group), "contestants": told}
 
 
