@@ -21,6 +21,7 @@ COLOURS = {
     groups.HOROVOD: "#d1495b",
     groups.DDP: "#e8a33d",
     groups.DDP_PLAIN: "#f3cf8e",
+    groups.DDP_MPI: "#8a5a00",
     groups.MULTI_WORKER: "#e8a33d",
     groups.FLOOR: "#9a9a9a",
     groups.KERAS["tensorflow"]: "#0b5fa5",
@@ -45,7 +46,7 @@ def _targets(results: Mapping[str, Any]) -> Any:
     found = [(target, values) for target, values in found if values is not None]
     if not found:
         return None
-    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.38 * len(found)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 1.3 + 0.3 * len(found)), layout="constrained")
     for i, (target, (_, ratio, worst)) in enumerate(reversed(found)):
         colour = "#2a7f4f" if ratio <= target.limit else "#d1495b"
         axes.plot([ratio / target.limit, worst / target.limit], [i, i], color=colour, linewidth=1.5)
@@ -54,11 +55,17 @@ def _targets(results: Mapping[str, Any]) -> Any:
     axes.set_yticks(range(len(found)), [target.text for target, _ in reversed(found)])
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    ends = axes.get_xlim()
+    axes.set_xticks(
+        [tick for tick in (0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20) if ends[0] <= tick <= ends[1]]
+    )
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_xlabel("ratio of step times over the ratio aimed at: 1 or less is met; line: to the worst round")
-    axes.set_title("Targets, 2 ranks")
-    axes.grid(axis="x", alpha=0.3, which="both")
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xlabel("measured / aimed at")
+    axes.set_title(
+        "Targets, 2 ranks: met at 1 or less; the line goes to the worst round", loc="right", fontsize="medium"
+    )
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
@@ -72,7 +79,7 @@ def _step_time(results: Mapping[str, Any]) -> Any:
     if not with_two:
         return None
     figure, rows = plt.subplots(
-        len(with_two), 1, figsize=(11, 3.6 * len(with_two)), layout="constrained", squeeze=False
+        len(with_two), 1, figsize=(12, 3.2 * len(with_two)), layout="constrained", squeeze=False
     )
     for axes, (framework, models) in zip(rows[:, 0], with_two.items(), strict=True):
         contestants = [c.name for c in groups.CONTESTANTS[framework] if c.talks and c.name in COLOURS]
@@ -80,10 +87,10 @@ def _step_time(results: Mapping[str, Any]) -> Any:
         for place, name in enumerate(contestants):
             _bars(axes, results, framework, models, name, place * width - 0.4 + width / 2, width)
         axes.axhline(1, color="#9a9a9a", linewidth=1.5)
-        axes.set_xticks(range(len(models)), [MODELS[model].title for model in models])
+        axes.set_xticks(range(len(models)), [MODELS[model].title.replace(" ", "\n", 1) for model in models])
         axes.set_ylabel("× the floor's step time")
         axes.set_title(f"{framework}, 2 ranks: step time over that of processes that do not communicate")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         axes.grid(axis="y", alpha=0.3)
     return figure
 
