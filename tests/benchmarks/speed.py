@@ -200,4 +200,8 @@ def _draw(results: dict[str, Any], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("interrupted; all contestants have ended")
+        sys.exit(130)
