@@ -29,6 +29,7 @@ from tests.benchmarks.models import MODELS
 from toolkit.tuning import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
+UNFINISHED = "unfinished.json"
 WHOLE_RUNS = "start", "epoch"  # what --only takes beside groups
 
 
@@ -52,6 +53,7 @@ def main() -> None:
     print(text, end="")
     _keep(results, options)
     if options.output is not None:
+        (options.output / UNFINISHED).replace(options.output / "results.json")
         (options.output / "results.md").write_text(text)
         _draw(results, options.output)
 
@@ -184,10 +186,10 @@ def _epochs(results: dict[str, Any], options: argparse.Namespace, directory: Pat
 
 
 def _keep(results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write what there is so far, where results are wanted."""
+    """Write what there is so far, where results are wanted; an earlier run's stay until this one is complete."""
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (options.output / UNFINISHED).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _draw(results: dict[str, Any], output: Path) -> None:

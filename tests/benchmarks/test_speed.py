@@ -78,6 +78,7 @@ def test_short_form(tmp_path):
         assert list(temporary.iterdir()) == []
     finally:
         end(process, temporary)
+    assert sorted(path.name for path in output.iterdir() if path.suffix != ".png") == ["results.json", "results.md"]
     results = json.loads((output / "results.json").read_text())
     (group,) = results["groups"]
     assert group["name"] == "torch:cnn:2"

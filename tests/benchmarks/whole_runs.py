@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def _run(size: int, command: Sequence[str | Path], directory: Path) -> str:
         turns.MODEL: "cnn",
         turns.THREADS: str(max(1, usable_cores() // size)),
     }
-    done = launch(size, command, environment=environment)
+    try:
+        done = launch(size, command, environment=environment, timeout=600)
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"{Path(command[0]).name} took more than 600 s") from error
     if done.returncode:
         raise Failed((done.stderr.strip().splitlines() or ["it failed without a word"])[-1][:300])
     return done.stdout
