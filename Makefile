@@ -68,7 +68,8 @@ help:
 	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
 	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
-	@echo 'make bench   what checkpoints, checks and --deterministic cost: some minutes'
+	@echo 'make bench   the speed beside that of its peers, and what checkpoints, checks and --deterministic cost: an hour;'
+	@echo '             BENCH=speed|exactness: one of the two; ARGS="--only torch:cnn:2" or --short: less, written nowhere'
 	@echo 'make drills  kill, stop, stall and corrupt real runs, and tell what came of it: some hours; ARGS="--share 0.1"'
 	@echo 'make fetched  what tests use that this machine may lack, sshd and Slurm, unpacked in a cache; make test does it'
 	@echo 'make lint    ruff and mypy'
@@ -136,5 +137,12 @@ proof: setup
 drills: setup
 	@source $(VENV)/bin/activate && python -m tests.drills $(ARGS)
 
+# Some of the groups are asked for in --only, which is the speed's alone.
+BENCH ?= speed$(if $(findstring --only,$(ARGS)),, exactness)
+
 bench: setup
-	@source $(VENV)/bin/activate && python tests/benchmarks/exactness.py $(ARGS)
+	$(foreach name,$(filter-out speed exactness,$(BENCH)),$(error BENCH=$(name): choose among speed exactness))
+	@$(VENV)/bin/python -c 'import matplotlib' 2> /dev/null || $(VENV)/bin/python -m pip install --editable '.[bench]' >> $(log) 2>&1 \
+	  || { echo 'installing matplotlib failed:'; $(PYTHON) -m toolkit.horovod_build.logged $(log); exit 1; }
+	@source $(VENV)/bin/activate $(if $(filter speed,$(BENCH)),&& python -m tests.benchmarks.speed $(ARGS)) \
+	  $(if $(filter exactness,$(BENCH)),&& python tests/benchmarks/exactness.py $(filter --short,$(ARGS)))
