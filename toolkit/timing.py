@@ -1,7 +1,7 @@
 """When a run's steps ended, for tools that time a recipe: in the file that HVDKIT_STEP_TIMES names.
 
-Rank r writes FILE.rank<r>, once, at its run's end: a JSON list of `[kind, epoch, seconds]`, where kind is "begin", when an
-epoch's first batch is asked for, or "end", when a step has ended, and seconds are of the machine's monotonic clock.
+Rank r writes FILE.rank<r>, once, at its run's end: a JSON list of `[kind, epoch, seconds]`, where kind is "begin", when
+an epoch's first batch is asked for, or "end", when a step has ended, and seconds are of the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def seconds_of_steps(path: Path, warm_up: int) -> list[float]:
         path: of one rank.
         warm_up: steps, ≥ 0.
     """
-    within, across, steps = [], [], 0
+    within: list[float] = []
+    across: list[float] = []
+    steps = 0
     before: tuple[str, int, float] | None = None
     for kind, epoch, moment in json.loads(path.read_text()):
         if kind == "end":

@@ -7,8 +7,8 @@ place. What a reduction costs the processor is held to be within β, as a measur
 Sources: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005 (the model,
 recursive doubling, Rabenseifner's algorithm); Patarasuk, Yuan, "Bandwidth optimal all-reduce algorithms for clusters
 of workstations", 2009 (the ring, and that no all-reduce sends less); Sergeev, Del Balso, arXiv:1802.05799 (Horovod
-takes the ring); Mikami et al., arXiv:1811.05233, and Horovod's HOROVOD_HIERARCHICAL_ALLREDUCE (within hosts, then between
-them).
+takes the ring); Mikami et al., arXiv:1811.05233, and Horovod's HOROVOD_HIERARCHICAL_ALLREDUCE (within hosts, then
+between them).
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ class Link:
     Attributes:
         latency: α, seconds from a message's start to its end without its bytes.
         seconds_per_byte: β.
+        agreement: seconds in which two workers agree on an operation before its first message, as Horovod's do.
     """
 
     latency: float
     seconds_per_byte: float
+    agreement: float = 0.0
 
     def seconds(self, size: float) -> float:
         """What a message of `size` bytes takes."""
         return self.latency + size * self.seconds_per_byte
 
     @classmethod
-    def of(cls, latency: float, bits_per_second: float) -> Link:
-        """From a latency in seconds and a rate as it is on the network's label."""
-        return cls(latency, 8 / bits_per_second)
+    def of(cls, latency: float, bits_per_second: float, agreement: float = 0.0) -> Link:
+        """From a rate as it is on the network's label."""
+        return cls(latency, 8 / bits_per_second, agreement)
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,16 @@ class Links:
         network: from a host to another; its rate is that of a host, for all workers there together.
         local: between workers of a host, for each of them.
         workers_per_host: ≥ 1.
-        negotiation: seconds in which two workers agree on an operation before its first message, as Horovod's do.
     """
 
     network: Link
     local: Link
     workers_per_host: int = 1
-    negotiation: float = 0.0
 
     def agreement(self, workers: int) -> float:
-        """Seconds until `workers` have agreed on an operation: Horovod's is a small all-reduce, of log₂ p rounds."""
-        return self.negotiation * _rounds(workers)
+        """Seconds until `workers` have agreed on an operation: as in a small all-reduce, in log₂ p rounds."""
+        on_host, hosts = self.split(workers)
+        return _rounds(on_host) * self.local.agreement + _rounds(hosts) * self.network.agreement
 
     def split(self, workers: int) -> tuple[int, int]:
         """Workers on a host, and hosts.
