@@ -6,19 +6,14 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import hostfile
 from toolkit.errors import UsageError
-from toolkit.hostfile import Host
-from toolkit.plan import measure, plot, table
-from toolkit.plan.cost import ALL_REDUCES, Link, Links
-from toolkit.plan.schemes import SCHEMES, Compression, Gradients
+from toolkit.plan import measure, plot, sources, table
+from toolkit.plan.cost import ALL_REDUCES
+from toolkit.plan.schemes import SCHEMES, Compression
 from toolkit.plan.step import Compute, Training, worker_counts
 
 _MOST_WORKERS = 65_536
@@ -117,22 +112,13 @@ def _cost(text: str) -> tuple[str, float]:
     return name, _number(value) / 1e3
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is planned, and in lines where each figure is from."""
-
-    training: Training
-    sources: Sequence[str]
-
-
 def _plan(options: argparse.Namespace) -> int:
     _check(options)
-    hosts = _hosts(options)
-    workers = options.workers_per_host or (hosts[0].slots if hosts else 1)
-    made = _made(options, hosts, workers)
-    training, counts = made.training, worker_counts(workers, options.max_workers)
+    made = sources.plan(options)
+    training = made.training
+    counts = worker_counts(training.links.workers_per_host, options.max_workers)
     lines = [
-        *made.sources,
+        *made.about,
         "",
         "Milliseconds a step, gradients all-reduced after the backward pass | and during it",
         *table.all_reduces(training, counts),
@@ -144,7 +130,7 @@ def _plan(options: argparse.Namespace) -> int:
     ]
     print("\n".join(lines), flush=True)
     if options.plot is not None:
-        plot.write(options.plot, training, counts, made.sources[0])
+        plot.write(options.plot, training, counts, made.about[0])
     if options.json is not None:
         _write(options.json, training, counts)
     return 0
@@ -164,7 +150,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is 0: give more.")
     if not 0 < options.pays <= 100:
         raise UsageError(f"--pays is {options.pays:g}: give a percentage, over 0 to 100.")
-    if options.compute_ms is not None and options.batch is None and _is_strong(options):
+    if options.compute_ms is not None and options.batch is None and sources.is_strong(options):
         raise UsageError("a step's samples are to be cut among the workers: give --batch N too, or --scaling weak.")
     if options.compute_ms is None and (options.batch is not None or options.fixed_ms is not None):
         raise UsageError("--batch and --fixed-ms tell of --compute-ms: give it too, or leave them out.")
@@ -177,132 +163,6 @@ def _check(options: argparse.Namespace) -> None:
         plot.check(options.plot)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise UsageError(f"--json {options.json}: {options.json.absolute().parent} is no directory: name another.")
-
-
-def _hosts(options: argparse.Namespace) -> list[Host]:
-    if options.hostfile is not None:
-        return hostfile.read(options.hostfile)
-    if options.hosts is not None:
-        return hostfile.parse(os.fsencode(options.hosts.replace(",", "\n")), "-H")
-    return []
-
-
-def _made(options: argparse.Namespace, hosts: Sequence[Host], workers: int) -> _Plan:
-    """Everything measured that is not given."""
-    given = {"interface": options.interface, "ssh_port": options.ssh_port, "ssh_key": _key(options)}
-    strong = _is_strong(options)
-    seen, compute, source = _computed(options, workers, strong)
-    gradients = Gradients(options.gradient_mb * 1e6) if seen is None or options.gradient_mb else seen.gradients
-    name = seen.framework if seen else None
-    network, local, about = _linked(options, hosts, workers, given, lambda: name or measure.framework())
-    costs = dict(options.compression_ms)
-    compressions = tuple(
-        Compression(scheme, 0.0 if scheme == "none" else costs.get(scheme), options.top_k, options.powersgd_rank)
-        for scheme in SCHEMES
-    )
-    bucket = None if options.bucket_mb is None else options.bucket_mb * 1e6
-    training = Training(compute, gradients, Links(network, local, workers), compressions, bucket)
-    count = "" if gradients.shapes is None else f" in {len(gradients.shapes)} tensors"
-    scaling = f"{compute.samples} samples over all workers" if strong else f"{compute.samples} samples on each worker"
-    sources = [
-        f"{source}; {gradients.size / 1e6:.4g} MB of gradients{count}",
-        *about,
-        f"a step has {scaling} (--scaling {'weak' if strong else 'strong'} for the other); "
-        f"{compute.backward:.0%} of the compute time is the backward pass",
-    ]
-    return _Plan(training, sources)
-
-
-def _key(options: argparse.Namespace) -> str | None:
-    return None if options.ssh_key is None else os.path.abspath(os.path.expanduser(options.ssh_key))
-
-
-def _is_strong(options: argparse.Namespace) -> bool:
-    return options.scaling == "strong" or (options.scaling is None and _keeps_batch(options.recipe))
-
-
-def _keeps_batch(command: Sequence[str]) -> bool:
-    """Whether the recipe keeps its global batch as workers are added; with --batch-size it does not."""
-    return bool(command) and not any(word.split("=")[0] == "--batch-size" for word in command)
-
-
-def _computed(options: argparse.Namespace, workers: int, strong: bool) -> tuple[measure.Recipe | None, Compute, str]:
-    """The compute time, as it is given or as the recipe shows it, and in words where it is from."""
-    seen = None
-    if options.compute_ms is None or options.gradient_mb is None:
-        wants_shapes = options.gradient_mb is None
-        seen = measure.recipe(options.recipe, options.steps, workers, options.timeout, reducible=wants_shapes)
-    command = shlex.join(options.recipe)
-    if options.compute_ms is not None or seen is None:
-        seconds, samples = options.compute_ms / 1e3, options.batch or (seen.samples if seen else 1)
-        fixed = (options.fixed_ms or 0.0) / 1e3
-        text = f"{command or 'given'}: {options.compute_ms:g} ms a step on one worker, as told"
-    else:
-        seconds, samples = seen.step.median, seen.samples
-        fixed = _fixed(options, seen, workers) if strong else 0.0
-        busy = f", {workers} at a time" if workers > 1 else ""
-        always = f", {fixed * 1e3:.2g} ms of it fixed" if strong else ""
-        text = (
-            f"{command}: {seconds * 1e3:.3g} ms a step on one worker{busy} (median of {options.steps}, middle half "
-            f"{seen.step.low * 1e3:.3g} … {seen.step.high * 1e3:.3g}{always})"
-        )
-    return seen, Compute(seconds, samples, fixed, options.backward_share, samples if strong else None), text
-
-
-def _fixed(options: argparse.Namespace, seen: measure.Recipe, workers: int) -> float:
-    """Seconds of a step that a smaller batch does not save, by one more run of the recipe with a fourth of it."""
-    few = seen.samples // 4
-    if few == 0:
-        return 0.0
-    if not _keeps_batch(options.recipe):
-        raise UsageError("--scaling strong with the recipe's --batch-size: give --global-batch-size, which stays.")
-    small = measure.recipe(options.recipe, options.steps, workers, options.timeout, batch=few, reducible=False)
-    per_sample = (seen.step.median - small.step.median) / (seen.samples - few)
-    return min(max(0.0, seen.step.median - per_sample * seen.samples), seen.step.median)
-
-
-def _linked(
-    options: argparse.Namespace, hosts: Sequence[Host], workers: int, given: dict[str, Any], name: Callable[[], str]
-) -> tuple[Link, Link, list[str]]:
-    """The links between hosts and within them, and in words where they are from."""
-    here = tuple(hosts[:1])
-    network = _given(options.latency_us, options.gbit, options.agreement_us)
-    if network is None:
-        network, text = _measured(options, "", name(), hosts[:2], given)
-    else:
-        text = "as told"
-    about = [f"between hosts: {table.link(network)}, {text}"]
-    if workers == 1:
-        return network, network, about
-    local = _given(options.local_latency_us, options.local_gbit, options.agreement_us)
-    if local is None:
-        local, text = _measured(options, "local_", name(), here, given)
-    else:
-        text = "as told"
-    return network, local, [*about, f"within a host: {table.link(local)}, {text}"]
-
-
-def _given(latency: float | None, gbit: float | None, agreement: float | None) -> Link | None:
-    return None if latency is None or gbit is None else Link.of(latency * 1e-6, gbit * 1e9, (agreement or 0.0) * 1e-6)
-
-
-def _measured(
-    options: argparse.Namespace, kind: str, name: str, hosts: Sequence[Host], given: dict[str, Any]
-) -> tuple[Link, str]:
-    """A measured link, with what is told of it in place of what was measured."""
-    found = measure.between(name, hosts, given if hosts else {})
-    told = {
-        "latency": (getattr(options, f"{kind}latency_us"), 1e-6),
-        "agreement": (options.agreement_us, 1e-6),
-        "seconds_per_byte": (getattr(options, f"{kind}gbit") and 8e-9 / getattr(options, f"{kind}gbit"), 1.0),
-    }
-    link = dataclasses.replace(found.link, **{k: v * unit for k, (v, unit) in told.items() if v is not None})
-    places = " and ".join(host.name for host in hosts) or "this machine"
-    spread = found.all_reduce
-    return link, (
-        f"measured on {places} ({found.size / 1e6:.3g} MB all-reduced in {spread.median * 1e3:.3g} ms, "
-        f"{spread.low * 1e3:.3g} … {spread.high * 1e3:.3g})"
-    )
 
 
 def _write(path: Path, training: Training, counts: Sequence[int]) -> None:

@@ -91,7 +91,12 @@ def check_command(command: Sequence[str]) -> None:
 
 
 def recipe(
-    command: Sequence[str], steps: int, workers: int, timeout: float, batch: int | None = None, reducible: bool = True
+    command: Sequence[str],
+    steps: int,
+    workers: int,
+    timeout: float,
+    batch: int | None = None,
+    look_for_frozen: bool = True,
 ) -> Recipe:
     """Run a recipe on one worker, while as many others as a host is to have keep it as busy as they will.
 
@@ -101,7 +106,7 @@ def recipe(
         workers: on this machine, ≥ 1.
         timeout: seconds for each run.
         batch: samples of a step in place of the command's.
-        reducible: whether to look for tensors that steps leave alone, which takes one more run.
+        look_for_frozen: whether to look for tensors that steps leave alone, which takes one more run.
 
     Raises:
         UsageError: the command can't be started, is no recipe, or fails.
@@ -112,7 +117,7 @@ def recipe(
     with tempfile.TemporaryDirectory(prefix="hvdkit-plan-") as name:
         directory = Path(name)
         before = None
-        if reducible:
+        if look_for_frozen:
             _run(words, directory / "before", 0, timeout, environment)
             before = _newest(directory / "before")
         with _companions(words, directory, workers - 1, timeout, environment):

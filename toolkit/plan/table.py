@@ -8,6 +8,7 @@ from toolkit.plan.cost import ALL_REDUCES, Link
 from toolkit.plan.schemes import Compression
 from toolkit.plan.step import Step, Training
 
+_LITTLE = 0.01  # of a step, which is not worth a word
 PLAIN = {"ring": "by a ring", "tree": "by a tree", "hierarchical": "within hosts, then between them"}
 
 
@@ -20,7 +21,18 @@ def link(given: Link) -> str:
 def all_reduces(training: Training, counts: Sequence[int]) -> list[str]:
     """Milliseconds of a step by each way; the best of them with and without overlap."""
     rows = [
-        ["workers", "compute", *ALL_REDUCES, "efficiency", "| overlap", "by", "buckets", "efficiency", _speed(training)]
+        [
+            "workers",
+            "compute",
+            *ALL_REDUCES,
+            "efficiency",
+            "|",
+            "overlap",
+            "by",
+            "buckets",
+            "efficiency",
+            _speed(training),
+        ]
     ]
     for n in counts:
         plain, hidden = training.best(n), training.best(n, overlap=True)
@@ -33,7 +45,8 @@ def all_reduces(training: Training, counts: Sequence[int]) -> list[str]:
                 _ms(plain.compute),
                 *(_ms(way.seconds) if way else "-" for way in ways),
                 f"{plain.efficiency:.0%}",
-                f"| {_ms(hidden.seconds)}",
+                "|",
+                _ms(hidden.seconds),
                 hidden.all_reduce,
                 str(hidden.buckets),
                 f"{hidden.efficiency:.0%}",
@@ -89,10 +102,11 @@ def _compressed(training: Training, workers: int) -> str:
     said = []
     for c in training.compressions:
         most = None if c.name == "none" else training.affordable(workers, c)
-        if most is None:
+        plain = training.best(workers)
+        if most is None or plain is None:
             continue
-        if most <= 0:
-            said.append(f"{c.name} never")
+        if most < _LITTLE * plain.seconds:
+            said.append(f"{c.name} not at all")
         elif c.seconds is None:
             said.append(f"{c.name} if it costs less than {_ms(most)} ms")
         else:
