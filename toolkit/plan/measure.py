@@ -27,8 +27,7 @@ from toolkit.plan.schemes import Gradients
 from toolkit.tuning import usable_cores
 
 WARM_UP = 10  # steps
-ROUNDS = 3  # runs of each measurement of a link
-_SECONDS = 120.0  # for one of them, most of it to import the framework
+ROUNDS = 3  # runs of a link's measurement
 _OWN = ("--output", "--max-steps", "--check-sync", "--resume", "--folds", "--checkpoint-steps")
 _ENDLESS = "1000000"  # epochs
 
@@ -229,7 +228,7 @@ def framework() -> str:
     raise UsageError("neither torch nor tensorflow is installed to measure with: give the links, --latency-us, --gbit.")
 
 
-def between(name: str, hosts: Sequence[Host], given: Mapping[str, Any]) -> Between:
+def between(name: str, hosts: Sequence[Host], given: Mapping[str, Any], timeout: float) -> Between:
     """Measure between two workers: on two hosts, or both on one or on this machine.
 
     What a worker spends on an operation with itself is taken off: it is part of a step on one worker.
@@ -238,19 +237,19 @@ def between(name: str, hosts: Sequence[Host], given: Mapping[str, Any]) -> Betwe
         name: torch or tensorflow.
         hosts: two, one, or none for this machine.
         given: interface, ssh_port and ssh_key, as `launch.Specification` has them.
+        timeout: seconds for each of the runs that it takes.
 
     Raises:
         UsageError: there is no mpirun, or the measurement failed; with its own words.
     """
     places = tuple(Host(host.name, 2 // len(hosts), None, host.user) for host in hosts)
-    alone = [_probe(name, 1, (), {}) for _ in range(ROUNDS)]
-    pairs = [_probe(name, 2, places, given) for _ in range(ROUNDS)]
+    alone = _probe(name, 1, (), {}, timeout)
+    pairs = [_probe(name, 2, places, given, timeout) for _ in range(ROUNDS)]
     large = Spread.of([pair["seconds"] for pair in pairs])
     small = statistics.median(pair["latency"] for pair in pairs)
-    own = statistics.median(one["latency"] for one in alone)
-    copying = statistics.median((one["seconds"] - one["latency"]) / one["bytes"] for one in alone)
+    copying = (alone["seconds"] - alone["latency"]) / alone["bytes"]
     messages = [pair["message"] for pair in pairs if "message" in pair]
-    extra = max(0.0, small - own)
+    extra = max(0.0, small - alone["latency"])
     latency = min(statistics.median(messages), extra / 2) if messages else extra / 2
     size = pairs[0]["bytes"]
     # Two workers send each other 2(p - 1)/p = 1 times the bytes.
@@ -258,7 +257,7 @@ def between(name: str, hosts: Sequence[Host], given: Mapping[str, Any]) -> Betwe
     return Between(Link(latency, per_byte, extra - 2 * latency), large, size)
 
 
-def _probe(name: str, ranks: int, hosts: Sequence[Host], given: Mapping[str, Any]) -> dict[str, Any]:
+def _probe(name: str, ranks: int, hosts: Sequence[Host], given: Mapping[str, Any], timeout: float) -> dict[str, Any]:
     made = launch.command(
         Specification(
             command=(sys.executable, "-m", "toolkit.plan.probe", name, str(ranks)),
@@ -270,12 +269,12 @@ def _probe(name: str, ranks: int, hosts: Sequence[Host], given: Mapping[str, Any
         launch.find("mpirun", os.environ),
         os.environ,
     )
-    ended = asyncio.run(processes.run(made.words, _SECONDS, {**os.environ, **made.environment}))
+    ended = asyncio.run(processes.run(made.words, timeout, {**os.environ, **made.environment}))
     lines = [line for line in ended.out.splitlines() if line.startswith(all_reduce.MARK)]
     answers = [json.loads(line.removeprefix(all_reduce.MARK)) for line in lines]
     wrong = [answer["error"] for answer in answers if "error" in answer]
     if wrong or not answers or ended.code != 0:
         why = wrong[0] if wrong else measure.first_words(ended.err)
-        late = f"did not end in {_SECONDS:g} s" if ended.code is None else f"failed: {why}"
+        late = f"did not end within {timeout:g} s" if ended.code is None else f"failed: {why}"
         raise UsageError(f"measuring the links {late}; see `hvdkit doctor`, or give --latency-us and --gbit.")
     return answers[0]

@@ -141,7 +141,7 @@ class _Places:
             return Link(**known), "as told"
         if hosts not in self._found:
             given = self._given if hosts else {}
-            self._found[hosts] = measure.between(framework or measure.framework(), hosts, given)
+            self._found[hosts] = measure.between(framework or measure.framework(), hosts, given, self._options.timeout)
         found = self._found[hosts]
         places, spread = " and ".join(host.name for host in hosts) or "this machine", found.all_reduce
         return dataclasses.replace(found.link, **known), (
