@@ -163,8 +163,8 @@ Open MPI was told which all-reduce to take: a ring, or recursive doubling.
 512 GPUs and fewer, 25 Gbit/s RoCE, 4 Pascal GPUs a server, 64 images a GPU. Sources and assumptions, which are the same
 for all rows, are in [published.py](../published.py): a ring of NCCL's latency, 64 MB buckets during the backward pass,
 no tuned factor. The model says too much everywhere but once: it has no late workers and takes gradients to come evenly,
-while three quarters of VGG-16's are one tensor that is not cut. Its largest error is VGG-16's on 512, where a seventh of
-an exchange is latency, for which NCCL's own versions say 6.6 to 14 µs. The last column is the bound without overlap.
+while three quarters of VGG-16's are one tensor that is not cut. Its largest error is VGG-16's on 512, where a seventh
+of an exchange is latency, for which NCCL's own versions say 6.6 to 14 µs. The last column is the bound without overlap.
 
 {others}
 """

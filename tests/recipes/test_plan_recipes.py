@@ -7,6 +7,7 @@ import pytest
 
 from tests.launching import ROOT, launch
 
+pytestmark = pytest.mark.timeout(1000)  # each starts frameworks several times, also on a machine with other work
 PLAN = ["-m", "toolkit.cli", "plan", "--steps", "20", "--max-workers", "8"]
 LINKS = ["--latency-us", "20", "--gbit", "10"]
 
@@ -14,7 +15,7 @@ LINKS = ["--latency-us", "20", "--gbit", "10"]
 def plan(tmp_path, *arguments, recipe, cwd=ROOT):
     file = tmp_path / "plan.json"
     command = [*PLAN, "--json", file, *arguments, "--", sys.executable, *recipe]
-    result = launch(1, command, launcher="none", cwd=cwd)  # which checks that nothing is left
+    result = launch(1, command, launcher="none", cwd=cwd, timeout=900)  # which checks that nothing is left
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout, json.loads(file.read_text())
 
