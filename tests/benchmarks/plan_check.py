@@ -143,7 +143,7 @@ def others():
 
 TEXT = """# How far `hvdkit plan` is from what was measured
 
-Written by `python -m tests.benchmarks.plan_check` on {cores} cores that others use too.
+Written by `make plan-check` on {cores} cores that others use too.
 
 ## Runs on this machine, {batch} samples a worker
 

@@ -176,6 +176,15 @@ def test_times_of_steps(tmp_path, monkeypatch):
     assert not (tmp_path / "times.rank1").exists()
 
 
+def test_times_of_steps_that_a_framework_loops_over(tmp_path):
+    """In Keras' `fit` nothing tells when an epoch begins: between epochs there may be an evaluation."""
+    (tmp_path / "fit").write_text('[["end", 0, 1.0], ["end", 0, 2.0], ["end", 1, 50.0], ["end", 1, 53.0]]')
+    assert timing.seconds_of_steps(tmp_path / "fit", 0) == [1.0, 3.0]
+    (tmp_path / "short").write_text('[["end", 0, 1.0], ["end", 1, 2.0], ["end", 2, 5.0]]')
+    assert timing.seconds_of_steps(tmp_path / "short", 0) == [1.0, 3.0], "an epoch is one step"
+    assert timing.seconds_of_steps(tmp_path / "short", 2) == [3.0]
+
+
 # --- the command
 
 
