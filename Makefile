@@ -27,7 +27,7 @@ FRAMEWORK ?= $(firstword $(buildable))
 
 refuse_unless = $(if $(filter $(2),$($(1))),,$(error $(1)=$($(1)): choose $(3)))
 
-ifneq ($(filter setup train test test-all test-hosts fuzz lint proof bench drills,$(MAKECMDGOALS)),)
+ifneq ($(filter setup train test test-all test-hosts fuzz lint proof bench plan-check drills,$(MAKECMDGOALS)),)
   $(foreach name,$(filter-out torch tensorflow keras,$(wanted)),\
     $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
   $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
@@ -54,7 +54,7 @@ endif
 
 # --- targets
 
-.PHONY: help setup train test test-all test-hosts fetched fuzz lint proof bench drills
+.PHONY: help setup train test test-all test-hosts fetched fuzz lint proof bench plan-check drills
 
 help:
 	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
@@ -70,6 +70,7 @@ help:
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
 	@echo 'make bench   the speed beside that of its peers, and what checkpoints, checks and --deterministic cost: an hour;'
 	@echo '             BENCH=speed|exactness: one of the two; ARGS="--only torch:cnn:2" or --short: less, written nowhere'
+	@echo 'make plan-check  hvdkit plan against runs here, over slow links, and published figures: some minutes'
 	@echo 'make drills  kill, stop, stall and corrupt real runs, and tell what came of it: some hours; ARGS="--share 0.1"'
 	@echo 'make fetched  what tests use that this machine may lack, sshd and Slurm, unpacked in a cache; make test does it'
 	@echo 'make lint    ruff and mypy'
@@ -142,7 +143,10 @@ BENCH ?= speed$(if $(findstring --only,$(ARGS)),, exactness)
 
 bench: setup
 	$(foreach name,$(filter-out speed exactness,$(BENCH)),$(error BENCH=$(name): choose among speed exactness))
-	@$(VENV)/bin/python -c 'import matplotlib' 2> /dev/null || $(VENV)/bin/python -m pip install --editable '.[bench]' >> $(log) 2>&1 \
+	@$(VENV)/bin/python -c 'import matplotlib' 2> /dev/null || $(VENV)/bin/python -m pip install --editable '.[plot]' >> $(log) 2>&1 \
 	  || { echo 'installing matplotlib failed:'; $(PYTHON) -m toolkit.horovod_build.logged $(log); exit 1; }
 	@source $(VENV)/bin/activate $(if $(filter speed,$(BENCH)),&& python -m tests.benchmarks.speed $(ARGS)) \
 	  $(if $(filter exactness,$(BENCH)),&& python tests/benchmarks/exactness.py $(filter --short,$(ARGS)))
+
+plan-check: setup
+	@source $(VENV)/bin/activate && python -m tests.benchmarks.plan_check $(ARGS)

@@ -27,6 +27,7 @@ from toolkit.random_streams import sample_generator
 from toolkit.sharding import Part, Sharding
 from toolkit.stopping import resume_command
 from toolkit.sync import SyncCheck
+from toolkit.timing import StepTimes
 from toolkit.world import World
 
 _FLUSH_STEPS = 50  # steps whose losses are averaged over the ranks in one collective operation
@@ -163,6 +164,7 @@ class Run:
         self._metrics: output.Metrics | None = None  # rank 0's
         self._membership = elastic.current()
         self._writer = checkpoint.Writer(self._check_claim)
+        self._step_times = StepTimes(world.rank)
 
     @property
     def epoch(self) -> int:
@@ -309,6 +311,7 @@ class Run:
         if self.finished:
             raise RuntimeError("the run is finished: loop over run.epochs(), which then ends.")
         watch.doing(f"loading the batch of step {self.step + 1}")
+        self._step_times.note("begin", self.epoch)
         for part, batch in batches:
             self._part = part
             watch.doing(f"training at step {self.step + 1}")
@@ -352,6 +355,7 @@ class Run:
         self._keep_statistics(put_back=left_out)
         self._give_up_unless_finite(left_out)
         self.progress.advance(self.epoch)
+        self._step_times.note("end", self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
             self._flush()
         if self._sync.due(self.step):
@@ -512,6 +516,7 @@ class Run:
         watch.leaving(error)
         self._end_cuts()
         self.progress.close()
+        self._step_times.write()
         try:
             try:
                 if kind is None and self.finished:

@@ -108,19 +108,26 @@ def _run(framework: str, expected: int) -> dict[str, Any] | None:
     return None if rank else {**result, "ranks": expected}
 
 
-def main(framework: str, expected: int) -> int:
-    """Take part, print what was measured on rank 0, and where it fails why, with this host's name."""
+def main(framework: str, expected: int, before: Callable[[], dict[str, Any]] = dict) -> int:
+    """Take part, print what was measured on rank 0, and where it fails why, with this host's name.
+
+    Args:
+        framework: torch or tensorflow.
+        expected: ranks.
+        before: measures something else before Horovod starts, whose results are added.
+    """
     os.environ.update(tuning.choose_environment().environment)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
+        more = before()
         result = _run(framework, expected)
     except BaseException as error:
         failure = {"host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"}
         os.write(1, f"\n{MARK}{json.dumps(failure)}\n".encode())
         return 1
     if result is not None:
-        os.write(1, f"\n{MARK}{json.dumps(result)}\n".encode())
+        os.write(1, f"\n{MARK}{json.dumps({**result, **more})}\n".encode())
     return 0
 
 

@@ -1,0 +1,286 @@
+"""`hvdkit plan`: formulas against a simulation of every message, flags, mistakes, and figures that others published."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import message_simulation as simulation
+from tests.benchmarks import published
+from toolkit import timing
+from toolkit.cli import main
+from toolkit.errors import UsageError
+from toolkit.plan import cost, step
+from toolkit.plan.cost import Link, Links
+from toolkit.plan.schemes import Compression, Gradients
+from toolkit.plan.step import Compute, Training
+
+LENGTH = 960  # values, which all parts divide
+VALUE = 1000.0  # bytes of one
+NETWORKS = [Link(20e-6, 1e-9), Link(5e-3, 1e-6), Link(1e-7, 1e-8)]
+LOCAL = Link(2e-6, 2e-10)
+ALL_TOLD = ["--compute-ms", "100", "--gradient-mb", "100", "--latency-us", "20", "--gbit", "10"]
+
+
+def simulated(links, programs):
+    """Seconds, after the sum was seen to be right on every worker."""
+    vectors = [np.arange(LENGTH) * (i + 1.0) for i in range(len(programs))]
+    expected = sum(vectors)
+    seconds = simulation.run(links, programs, vectors, VALUE)
+    assert all(np.array_equal(vector, expected) for vector in vectors)
+    return seconds
+
+
+WHOLE = slice(0, LENGTH)
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+@pytest.mark.parametrize(
+    ("workers", "on_host"), [(1, 1), (2, 1), (3, 1), (6, 1), (8, 1), (2, 2), (4, 2), (8, 4), (6, 3), (16, 4)]
+)
+def test_all_reduces_against_their_messages(workers, on_host, network):
+    links, size = Links(network, LOCAL, on_host), LENGTH * VALUE
+    around = simulation.ring(range(workers), WHOLE)
+    found = {"ring": (cost.ring, [around[i] for i in range(workers)])}
+    if not (workers & (workers - 1)) or on_host == 1:
+        found["doubling"] = (cost.recursive_doubling, simulation.recursive_doubling(workers, WHOLE))
+        found["halving"] = (cost.rabenseifner, simulation.rabenseifner(workers, WHOLE))
+    for name, (formula, programs) in found.items():
+        assert formula(links, workers, size).seconds == pytest.approx(simulated(links, programs), rel=1e-6), name
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+@pytest.mark.parametrize(("workers", "on_host"), [(4, 2), (8, 2), (8, 4), (6, 3), (16, 4)])
+def test_hierarchical_against_its_messages(workers, on_host, network, monkeypatch):
+    monkeypatch.setattr(cost, "tree", lambda *_: None)  # a ring between the hosts, as in the simulation
+    links = Links(network, LOCAL, on_host)
+    seconds = simulated(links, simulation.hierarchical(workers, on_host, WHOLE))
+    assert cost.hierarchical(links, workers, LENGTH * VALUE).seconds == pytest.approx(seconds, rel=1e-6)
+
+
+@pytest.mark.parametrize(("workers", "on_host"), [(2, 1), (8, 1), (8, 2), (16, 4), (4, 4)])
+def test_exchanges_of_what_can_not_be_summed_against_their_messages(workers, on_host):
+    links = Links(NETWORKS[0], LOCAL, on_host)
+    vectors = [np.concatenate([np.full(LENGTH, i), np.zeros(LENGTH)]) for i in range(workers)]
+    seconds = simulation.run(links, simulation.all_to_all(workers, WHOLE), vectors, VALUE)
+    for i, vector in enumerate(vectors):
+        got = vector[LENGTH:].reshape(workers, -1)
+        assert all((got[j] == (0 if i == j else j)).all() for j in range(workers))
+    assert cost.all_to_all(links, workers, LENGTH * VALUE) == pytest.approx(seconds, rel=1e-6)
+    gathered = simulation.ring(range(workers), WHOLE, scatter=False)
+    seconds = simulation.run(links, [gathered[i] for i in range(workers)], [np.zeros(LENGTH)] * workers, VALUE)
+    assert cost.all_gather(links, workers, LENGTH * VALUE / workers) == pytest.approx(seconds, rel=1e-6)
+
+
+@given(backward=st.floats(1e-4, 1), buckets=st.integers(1, 64), latency=st.floats(0, 1e-2), gbit=st.floats(0.001, 400))
+def test_overlap_against_bucket_after_bucket(backward, buckets, latency, gbit):
+    links = Links(Link.of(latency, gbit * 1e9), LOCAL)
+    training = Training(Compute(backward, backward=1.0), Gradients(1e7), links)
+    one = cost.ring(links, 4, 1e7 / buckets).seconds
+    found = training.step(4, "ring", Compression(), buckets)
+    assert found.seconds == pytest.approx(simulation.last_bucket(backward, buckets, one))
+
+
+@given(
+    workers=st.sampled_from([1, 2, 4, 8, 64, 1024]),
+    on_host=st.sampled_from([1, 2, 4]),
+    latency=st.floats(0, 1e-2),
+    gbit=st.floats(0.001, 400),
+    seconds=st.floats(1e-4, 10),
+)
+def test_no_way_is_better_than_no_exchange(workers, on_host, latency, gbit, seconds):
+    links = Links(Link.of(latency, gbit * 1e9), LOCAL, on_host)
+    training = Training(Compute(seconds, 32), Gradients(1e8), links)
+    plain, hidden = training.best(workers), training.best(workers, overlap=True)
+    assert seconds <= hidden.seconds <= plain.seconds * step.NEARLY
+    assert 0 < plain.efficiency <= 1 + 1e-9
+    ring = cost.ring(links, workers, 1e8).seconds
+    assert ring * (1 + 1e-9) >= 2 * (workers - 1) / workers * 1e8 * min(LOCAL.seconds_per_byte, 8 / gbit / 1e9)
+
+
+def test_known_values():
+    """By hand: 8 workers on a network of 10 µs and 1 GB/s, 80 MB."""
+    links = Links(Link(10e-6, 1e-9), LOCAL)
+    assert cost.ring(links, 8, 80e6).seconds == pytest.approx(14 * (10e-6 + 0.010))
+    assert cost.recursive_doubling(links, 8, 80e6).seconds == pytest.approx(3 * (10e-6 + 0.080))
+    assert cost.rabenseifner(links, 8, 80e6).seconds == pytest.approx(6 * 10e-6 + 0.140)
+    assert cost.tree(links, 8, 80e6).algorithm == "Rabenseifner"
+    assert cost.tree(links, 8, 8).algorithm == "doubling"
+    assert cost.all_gather(links, 8, 80e6) == pytest.approx(7 * (10e-6 + 0.080))
+
+
+def test_agreement_is_of_each_operation():
+    network, local = Link(0.0, 1e-9, agreement=3e-3), Link(0.0, 1e-10, agreement=1e-3)
+    links = Links(network, local, 4)
+    assert links.agreement(1) == 0
+    assert links.agreement(2) == pytest.approx(1e-3)
+    assert links.agreement(16) == pytest.approx(2 * 1e-3 + 2 * 3e-3)
+    for name, operations in (("none", 1), ("powersgd", 2)):
+        found = Compression(name).exchange("ring", links, 16, 1e3).seconds
+        alone = operations * cost.ring(links, 16, 1e3 / operations).seconds
+        assert found - alone == pytest.approx(operations * 8e-3)
+
+
+def test_bytes_of_compressions():
+    shapes = [(100, 50), (64, 3, 3, 3), (10,), (2, 2)]
+    gradients = Gradients.of(shapes)
+    values = 5000 + 64 * 27 + 10 + 4
+    assert gradients.size == 4 * values
+    sizes = {name: Compression(name, rank=2).size(gradients) for name in ("none", "fp16", "bf16", "int8", "topk")}
+    assert sizes == {"none": 4 * values, "fp16": 2 * values, "bf16": 2 * values, "int8": values, "topk": 0.08 * values}
+    assert Compression("powersgd", rank=2).size(gradients) == 4 * (2 * 150 + 2 * (64 + 27) + 10 + 4)
+    assert Compression("powersgd").size(Gradients(1e6)) is None
+
+
+def test_strong_scaling_waits_for_the_largest_part():
+    compute = Compute(0.100, samples=10, fixed=0.020, global_batch=10)
+    assert compute.seconds_of(1) == pytest.approx(0.100)
+    assert compute.seconds_of(4) == pytest.approx(0.020 + 0.080 * 3 / 10)  # parts of 3, 3, 2, 2
+    assert compute.seconds_of(100) == pytest.approx(0.020 + 0.008)
+    free = Training(compute, Gradients(1.0), Links(Link(0, 1e-15), Link(0, 1e-15)))
+    assert free.best(4).efficiency == pytest.approx(0.100 / 0.044 / 4)
+
+
+def test_a_compression_is_worth_what_it_saves():
+    training = Training(Compute(0.1, 32), Gradients(100e6), Links(Link.of(20e-6, 1e9), LOCAL))
+    most = training.affordable(8, Compression("fp16"))
+    plain = training.best(8).seconds
+    for cost_of_it, quicker in ((most * 0.99, True), (most * 1.01, False)):
+        assert (training.best(8, compression=Compression("fp16", cost_of_it)).seconds < plain) == quicker
+    assert training.affordable(1024, Compression("topk")) < 0, "a hundredth of the values, of a thousand workers"
+
+
+def test_counts_fill_hosts():
+    assert step.worker_counts(1, 8) == [1, 2, 4, 8]
+    assert step.worker_counts(6, 30) == [1, 2, 4, 6, 12, 24]
+    assert step.worker_counts(4, 4) == [1, 2, 4]
+    with pytest.raises(UsageError, match="fill hosts of 4"):
+        cost.ring(Links(LOCAL, LOCAL, 4), 6, 1.0)
+
+
+def test_times_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setenv(timing.VARIABLE, str(tmp_path / "times"))
+    moments = iter([0.0, 1.0, 3.0, 100.0, 104.0, 109.0])
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(moments))
+    noted = timing.StepTimes(0)
+    for kind, epoch in [("begin", 0), ("end", 0), ("end", 0), ("begin", 1), ("end", 1), ("end", 1)]:
+        noted.note(kind, epoch)
+    noted.write()
+    assert timing.seconds_of_steps(tmp_path / "times.rank0", 0) == [1.0, 2.0, 4.0, 5.0]
+    assert timing.seconds_of_steps(tmp_path / "times.rank0", 2) == [4.0, 5.0]
+    monkeypatch.delenv(timing.VARIABLE)
+    timing.StepTimes(1).write()
+    assert not (tmp_path / "times.rank1").exists()
+
+
+def test_times_of_steps_that_a_framework_loops_over(tmp_path):
+    """In Keras' `fit` nothing tells when an epoch begins: between epochs there may be an evaluation."""
+    (tmp_path / "fit").write_text('[["end", 0, 1.0], ["end", 0, 2.0], ["end", 1, 50.0], ["end", 1, 53.0]]')
+    assert timing.seconds_of_steps(tmp_path / "fit", 0) == [1.0, 3.0]
+    (tmp_path / "short").write_text('[["end", 0, 1.0], ["end", 1, 2.0], ["end", 2, 5.0]]')
+    assert timing.seconds_of_steps(tmp_path / "short", 0) == [1.0, 3.0], "an epoch is one step"
+    assert timing.seconds_of_steps(tmp_path / "short", 2) == [3.0]
+
+
+# --- the command
+
+
+def told(capsys, *arguments):
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_with_all_told_nothing_is_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")  # nothing could be
+    out = told(capsys, *ALL_TOLD, "--batch", "32", "--json", str(tmp_path / "plan.json"), "--", "no-such-recipe",
+               "--batch-size", "32")  # fmt: skip
+    rows = {row.split()[0]: row.split() for row in out.splitlines() if row.strip() and row.split()[0].isdecimal()}
+    assert set(rows) == {str(1 << i) for i in range(11)}
+    document = json.loads((tmp_path / "plan.json").read_text())
+    ring = next(s for s in document["steps"] if s["workers"] == 8 and s["compression"] == "none" and s["buckets"] == 1)
+    assert ring["seconds"] == pytest.approx(0.1 + 14 * (20e-6 + 100e6 / 8 * 8 / 10e9))
+    assert ring["samples_per_second"] == pytest.approx(8 * 32 / ring["seconds"])
+    assert "100 ms a step" in out and "as told" in out
+
+
+def test_the_verdict_is_of_the_table(capsys):
+    """At 1 Gbit/s and 100 MB a step of 100 ms gains nothing from workers; at 400 Gbit/s all pay."""
+    common = ["--compute-ms", "100", "--gradient-mb", "100", "--latency-us", "2", "--max-workers", "64"]
+    assert "Without overlap more than 1 worker does not pay" in told(capsys, *common, "--gbit", "1")
+    fast = told(capsys, *common, "--gbit", "400")
+    assert "Without overlap 64 workers pay" in fast and "With overlap 64 workers pay" in fast
+
+
+def test_a_compression_that_is_told_its_cost(capsys):
+    out = told(capsys, *ALL_TOLD, "--compression-ms", "fp16=1", "--compression-ms", "int8=500")
+    assert "fp16 saves" in out and "int8 loses" in out and "bf16 if it costs less than" in out
+
+
+def test_one_step_of_a_fixed_batch(capsys):
+    out = told(capsys, *ALL_TOLD, "--scaling", "strong", "--batch", "64", "--max-workers", "4")
+    assert "64 samples over all workers" in out
+    assert [row.split()[1] for row in out.splitlines() if row.split()[:1] == ["4"]][0] == "25"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "nothing to plan"),
+        (["--compute-ms", "5"], "--gradient-mb"),
+        ([*ALL_TOLD, "--scaling", "strong"], "--batch"),
+        ([*ALL_TOLD, "--", "python", "recipe.py"], "--batch"),  # which keeps its global batch
+        ([*ALL_TOLD, "--backward-share", "1.5"], "--backward-share is 1.5"),
+        ([*ALL_TOLD, "--top-k", "0"], "--top-k is 0"),
+        ([*ALL_TOLD, "--pays", "101"], "--pays is 101"),
+        ([*ALL_TOLD, "--fixed-ms", "200"], "--fixed-ms is 200"),
+        ([*ALL_TOLD, "--bucket-mb", "0"], "--bucket-mb is 0"),
+        ([*ALL_TOLD, "--workers-per-host", "8", "--max-workers", "4"], "--max-workers is 4"),
+        ([*ALL_TOLD, "--plot", "plan.jpeg"], "--plot plan.jpeg"),
+        ([*ALL_TOLD, "--json", "/nowhere/plan.json"], "/nowhere is no directory"),
+        ([*ALL_TOLD, "--hostfile", "/nowhere/hosts"], "/nowhere/hosts"),
+        (["--", "nowhere-to-be-found"], "nowhere-to-be-found can't be run"),
+        (["--", "python", "recipe.py", "--max-steps=3"], "--max-steps"),
+        (["--batch", "3", "--", "python", "recipe.py"], "--compute-ms"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, text, capsys):
+    assert main(["plan", *arguments]) == 2
+    said = capsys.readouterr()
+    assert text in said.err and said.err.count("\n") == 1 and not said.out, said.err
+
+
+@pytest.mark.parametrize("flag", ["--compute-ms=x", "--gbit=-1", "--batch=0", "--compression-ms=zip=3", "--gbit=nan"])
+def test_a_flag_that_is_no_number(flag, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["plan", *ALL_TOLD, flag])
+    assert raised.value.code == 2 and "give" in capsys.readouterr().err
+
+
+def test_a_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for kind in ("png", "svg"):
+        file = tmp_path / f"plan.{kind}"
+        told(capsys, *ALL_TOLD, "--plot", str(file))
+        assert file.stat().st_size > 5000
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert main(["plan", *ALL_TOLD, "--plot", str(tmp_path / "plan.png")]) == 2
+    assert "pip install 'hvdkit[plot]'" in capsys.readouterr().err
+
+
+# --- against figures of others
+
+
+@pytest.mark.parametrize("row", published.ROWS, ids=str)
+def test_against_published_figures(row):
+    """The model's errors, pinned: a change of the model that moves them is to be looked at."""
+    predicted = published.predicted(row)
+    assert published.without_overlap(row) < row.efficiency < 1, "what can't be: slower than with nothing hidden"
+    assert math.isclose(predicted, row.model, abs_tol=0.0006), (str(row), predicted)
+    assert abs(predicted / row.efficiency - 1) < 0.14
