@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, elastic, ending, output, plain, schedule, watch
+from toolkit import checkpoint, elastic, ending, output, plain, schedule, step_times, watch
 from toolkit.adapters import Adapter
 from toolkit.agreement import Agreement
 from toolkit.audit import Audit
@@ -161,6 +161,7 @@ class Run:
         self._claim: Claim | None = None  # rank 0's, on the output directory
         self._metrics: output.Metrics | None = None  # rank 0's
         self._membership = elastic.current()
+        self._times = step_times.from_environment()
         self._writer = checkpoint.Writer(self._check_claim)
 
     @property
@@ -293,6 +294,8 @@ class Run:
         if self.finished:
             raise RuntimeError("the run is finished: loop over run.epochs(), which then ends.")
         watch.doing(f"loading the batch of step {self.step + 1}")
+        if self._times is not None:
+            self._times.begin()
         for part, batch in batches:
             self._part = part
             watch.doing(f"training at step {self.step + 1}")
@@ -351,6 +354,8 @@ class Run:
         if inside:
             self._leave_if_told()
         watch.doing(f"loading the batch of step {self.step + 1}" if inside else f"ending epoch {self.epoch + 1}")
+        if self._times is not None:
+            self._times.end_step()
 
     def _row(self, step: int) -> dict[str, Any]:
         return {"epoch": self.epoch + 1, "step": step, "learning_rate": self.learning_rate(), "loss": self._losses}
@@ -430,6 +435,8 @@ class Run:
         if self.finished or self.epoch % self.options.checkpoint_every == 0 or due:
             self.save()
         self._commit()
+        if self._times is not None:
+            self._times.begin()
         return row
 
     def save(self) -> None:
@@ -498,6 +505,8 @@ class Run:
         self.progress.close()
         try:
             try:
+                if kind is None and self._times is not None:
+                    self._times.write(self.name, self.world, self.adapter, self.model)
                 if kind is None and self.finished:
                     output.decided_by_rank_0(self.world, self.adapter, lambda: self._writer.finish(tries=0))
             finally:

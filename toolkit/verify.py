@@ -106,14 +106,14 @@ class Recipe:
             try:
                 _, printed = process.communicate(timeout=self.timeout)
             except BaseException as error:
-                _end(process)
+                end(process)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 return _failed(f"the run did not end within {self.timeout:g} s")
-            return _failed(_last_words(printed)) if process.returncode else _read(output)
+            return _failed(last_words(printed)) if process.returncode else _read(output)
 
 
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     """End a launcher by SIGTERM, at which it ends its workers; only if it lingers by SIGKILL."""
     process.terminate()
     try:
@@ -127,7 +127,8 @@ def _failed(error: str) -> Outcome:
     return Outcome(np.zeros(0), {}, error=error)
 
 
-def _last_words(printed: str) -> str:
+def last_words(printed: str) -> str:
+    """Of what a failed run has printed, the line that says why."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     said = [line for line in lines if re.match(r"(\[rank .*\] )?error: |\w*(Error|Exception|Interrupt)\b.*:", line)]
     return (said or lines or ["the run failed and printed nothing"])[0].removeprefix("error: ")

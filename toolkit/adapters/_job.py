@@ -10,12 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from horovod.common.process_sets import ProcessSet, global_process_set
 
-from toolkit import connections, elastic, tuning, watch, world
+from toolkit import connections, elastic, tuned, tuning, watch, world
 from toolkit.errors import UsageError
 from toolkit.sharding import block
 from toolkit.tuning import Choices
@@ -66,7 +67,7 @@ def start_horovod(
         raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
     if groups > 1 and elastic.is_active():
         raise UsageError("--fold-groups in an elastic job: start it without --host-discovery-script, or leave it out.")
-    choices = tuning.choose_environment() if tune else Choices()
+    choices = _choose(hvd.__name__.rpartition(".")[2], launched or World()) if tune else Choices()
     if deterministic:
         choices = tuning.with_determinism(choices)
     os.environ.update(choices.environment)
@@ -92,10 +93,22 @@ def start_horovod(
         _process_sets["group"] = sets[number]
         here = replace(here, rank=sets[number].rank(), size=sets[number].size(), group=number, groups=groups)
     end_job_on_exception(here)
-    choices = tuning.with_threads(choices, here.local_size) if tune else choices
+    if tune:
+        choices = tuning.with_affinity(tuning.with_threads(choices, here.local_size), here.local_rank, here.local_size)
+    if choices.cores is not None:
+        os.sched_setaffinity(0, choices.cores)
     if verbose and here.rank == here.group == 0:
         print(choices.explain(), flush=True)
     return here, choices
+
+
+def _choose(framework: str, launched: World) -> Choices:
+    """The variables to set, with what `hvdkit tune` has found for a job like this one."""
+    if elastic.is_active():  # its workers and their number change
+        return tuning.choose_environment()
+    path, environment, why_not = tuned.take_up(Path(sys.argv[0]).stem, framework, launched)
+    choices = tuning.choose_environment(tuned=environment, source=str(path))
+    return replace(choices, reasons=(*choices.reasons, why_not)) if why_not else choices
 
 
 def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:
