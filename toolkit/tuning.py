@@ -141,9 +141,10 @@ def choose_environment(
     chosen: dict[str, str] = {}
     reasons = []
     for name, (value, reason) in wanted.items():
-        users = "OMP_NUM_THREADS" if name == THREADS and name not in environ else name
-        if users in environ:
-            reasons.append(f"{name} left alone: {users}={environ[users]} is set")
+        if name in environ:
+            reasons.append(f"{name}={environ[name]} left alone: it is set")
+        elif name == THREADS and "OMP_NUM_THREADS" in environ:
+            pass  # which `with_threads` leaves alone
         else:
             chosen[name] = value
             reasons.append(f"{name}={value}: {reason}")
