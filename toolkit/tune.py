@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,15 @@ _MEASURED_SECONDS = 1.5  # of each run; besides it takes some for its start
 _FEWEST_STEPS, _MOST_STEPS = 30, 1000
 _MOST_PAIRS = 8  # of a candidate
 _LAST_PAIRS = 5, 8  # at the end: at least, so that an interval of 90 % can be told, and at most
+
+SETTINGS = ("reducer", "threads", "cycle-time", "yield", "affinity", "fusion", "cache")
+# What a run has where nobody sets it. Source: Horovod's docs/tensor-fusion.rst and docs/performance, its common.h.
+_LIBRARIES_OWN = {
+    "HOROVOD_FUSION_THRESHOLD": "134217728",
+    "HOROVOD_CACHE_CAPACITY": "1024",
+    "OMPI_MCA_mpi_yield_when_idle": "0",
+    tuning.AFFINITY: "0",
+}
 
 
 @dataclass(frozen=True)
@@ -128,27 +137,39 @@ class Search:
         recipe: the recipe.
         steps: of each run.
         end: when it must be over, on the clock of `time.monotonic`.
-        longest: seconds that a run has taken at most.
+        took: seconds that each run has taken, from the launcher's start to its end.
         seconds: seconds a step in the last runs: of the beginning's settings, and of those that were found.
     """
 
     recipe: Recipe
     steps: int
     end: float
-    longest: float = 0.0
+    took: list[float] = field(default_factory=list)
     seconds: tuple[float, float] = (0.0, 0.0)
     _turn: int = 0
 
     def run(self, settings: Mapping[str, str]) -> Measured:
-        """One run."""
+        """One run, ended where it would go far beyond the end of the search.
+
+        Raises:
+            RunFailed: it failed.
+        """
         began = time.monotonic()
-        measured = self.recipe.run(settings, self.steps)
-        self.longest = max(self.longest, time.monotonic() - began)
+        limit = self.recipe.timeout
+        if self.took:
+            limit = min(limit, max(self.end - began, 2 * self.seconds_of_a_run))
+        measured = replace(self.recipe, timeout=limit).run(settings, self.steps)
+        self.took.append(time.monotonic() - began)
         return measured
+
+    @property
+    def seconds_of_a_run(self) -> float:
+        """What one takes, cautiously: the longest of the latest few."""
+        return max(self.took[-4:])
 
     def affords(self, pairs: int) -> bool:
         """Whether so many pairs end in time, as far as the runs so far tell."""
-        return time.monotonic() + 2 * pairs * self.longest <= self.end
+        return time.monotonic() + 2 * pairs * self.seconds_of_a_run <= self.end
 
     def pair(self, base: Mapping[str, str], candidate: Mapping[str, str]) -> float:
         """The ratio of the candidate's time a step to the base's; every second pair runs the candidate first."""
@@ -176,9 +197,10 @@ class Search:
         pairs = next((n for n in range(most, fewest - 1, -1) if self.affords(n)), 0)
         ratios: list[float] = []
         times = []
-        while len(ratios) < pairs and not (ratios and paired.is_hopeless(ratios, pairs)):
-            ratios.append(self.pair({}, found))
-            times.append(self.seconds)
+        with contextlib.suppress(RunFailed):  # such as one that did not end in time
+            while len(ratios) < pairs and not (ratios and paired.is_hopeless(ratios, pairs)):
+                ratios.append(self.pair({}, found))
+                times.append(self.seconds)
         if not ratios:
             return None
         before, after = np.median(times, axis=0)
@@ -213,15 +235,6 @@ def candidates(job: Job, mpi: str, environ: Mapping[str, str]) -> Iterator[tuple
                 yield setting, {name: value}
 
 
-_LIBRARIES_OWN = {
-    "HOROVOD_FUSION_THRESHOLD": "134217728",
-    "HOROVOD_CACHE_CAPACITY": "1024",
-    "OMPI_MCA_mpi_yield_when_idle": "0",
-    tuning.AFFINITY: "0",
-}
-SETTINGS = ("reducer", "threads", "cycle-time", "yield", "affinity", "fusion", "cache")
-
-
 def add_to(commands: Any) -> None:
     """Add the command `tune` to what `argparse.ArgumentParser.add_subparsers` gave."""
     parser = commands.add_parser(
@@ -236,9 +249,9 @@ def add_to(commands: Any) -> None:
     )
     source.add_argument("-H", "--hosts", metavar="HOSTS", help="hosts and slots, such as node1:4,node2:4")
     parser.add_argument("--launcher", choices=launch.LAUNCHERS, default="mpirun", help="default: mpirun")
-    parser.add_argument("--minutes", type=_minutes, default=5.0, help="for all of it (default: 5)")
+    parser.add_argument("--minutes", type=_positive, default=5.0, help="for all of it (default: 5)")
     parser.add_argument("--steps", type=_steps, metavar="N", help="of each run (default: by how long one takes)")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for one run (default: 120)")
+    parser.add_argument("--timeout", type=_positive, default=120, help="seconds for one run (default: 120)")
     parser.add_argument(
         "--settings", type=_settings, default=SETTINGS, metavar="NAMES", help=f"default: {','.join(SETTINGS)}"
     )
@@ -251,11 +264,11 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(function=_command)
 
 
-def _minutes(text: str) -> float:
+def _positive(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 10_000:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: give minutes, above 0 and at most 10000.")
+    raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0 and at most 10000.")
 
 
 def _steps(text: str) -> int:
@@ -280,7 +293,7 @@ def _command(options: argparse.Namespace) -> int:
         hosts = f" on {job.workers // job.local_workers} hosts" if job.local_workers < job.workers else ""
         print(f"{shlex.join(options.command)}: {job.workers} worker(s){hosts}, {job.cores} core(s)", flush=True)
         print(
-            f"{1000 * first.median():.3g} ms a step, {search.steps} steps a run of {search.longest:.1f} s", flush=True
+            f"{1000 * first.median():.3g} ms a step, {search.steps} steps a run of {search.took[-1]:.1f} s", flush=True
         )
         mpi = "" if options.launcher == "srun" else recipe.installed.mpi or "none"
         found = _search(search, list(candidates(job, mpi, os.environ)), options.settings)
@@ -311,12 +324,12 @@ def _begin(recipe: Recipe, steps: int | None, ended: float) -> tuple[Search, Mea
         if steps is None:
             seconds = float(np.median(first.seconds[_PROBE_DROPPED:]))
             search.steps = int(min(_MOST_STEPS, max(_FEWEST_STEPS, _MEASURED_SECONDS / seconds)))
-            search.longest += max(0, search.steps - _PROBE_STEPS) * seconds
+            search.took[-1] += max(0, search.steps - _PROBE_STEPS) * seconds
     except RunFailed as error:
         raise UsageError(f"{shlex.join(recipe.job.command)} fails by itself: {error}") from None
     if not search.affords(3 + _LAST_PAIRS[0]):
-        needed = (search.longest + 2 * (3 + _LAST_PAIRS[0]) * search.longest) / 60
-        raise UsageError(f"a run takes {search.longest:.1f} s, too long: give --minutes of at least {needed:.1f}.")
+        needed = (1 + 2 * (3 + _LAST_PAIRS[0])) * search.took[-1] / 60
+        raise UsageError(f"a run takes {search.took[-1]:.1f} s, too long: give --minutes of at least {needed:.1f}.")
     return search, first
 
 
