@@ -251,7 +251,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--launcher", choices=launch.LAUNCHERS, default="mpirun", help="default: mpirun")
     parser.add_argument("--minutes", type=_positive, default=5.0, help="for all of it (default: 5)")
     parser.add_argument("--steps", type=_steps, metavar="N", help="of each run (default: by how long one takes)")
-    parser.add_argument("--timeout", type=_positive, default=120, help="seconds for one run (default: 120)")
+    parser.add_argument("--timeout", type=_positive, default=300, help="seconds for one run (default: 300)")
     parser.add_argument(
         "--settings", type=_settings, default=SETTINGS, metavar="NAMES", help=f"default: {','.join(SETTINGS)}"
     )
