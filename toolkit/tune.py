@@ -91,7 +91,7 @@ class Recipe:
         """
         # On several hosts rank 0 is maybe not on this one, but the working directory is the same.
         place = self.job.directory if self.job.hosts else None
-        with tempfile.TemporaryDirectory(prefix=".hvdkit-tune-", dir=place) as directory:
+        with tempfile.TemporaryDirectory(prefix=".hvdkit-tune-", dir=place, ignore_cleanup_errors=True) as directory:
             times = Path(directory) / "step_times.json"
             environment = {**os.environ, tuned.VARIABLE: "", step_times.VARIABLE: str(times), **settings}
             self._train(environment, steps, Path(directory) / "run")
@@ -287,7 +287,7 @@ def _settings(text: str) -> tuple[str, ...]:
 def _command(options: argparse.Namespace) -> int:
     ended = time.monotonic() + 60 * options.minutes
     recipe = Recipe(_specification(options), launch.find(options.launcher, os.environ), options.timeout)
-    with _sigterm_as_exception():
+    with _signals_as_exit():
         search, first = _begin(recipe, options.steps, ended)
         job = first.job
         hosts = f" on {job.workers // job.local_workers} hosts" if job.local_workers < job.workers else ""
@@ -406,14 +406,15 @@ def _more(options: argparse.Namespace, search: Search, gain: paired.Gain) -> dic
 
 
 @contextlib.contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
-    """Have SIGTERM end the run under way, and remove its directory, as Ctrl-C does."""
+def _signals_as_exit() -> Iterator[None]:
+    """Have SIGTERM and Ctrl-C end the run under way, remove its directory, and then this process, without a traceback."""
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {kind: signal.signal(kind, leave) for kind in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -92,13 +92,14 @@ def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, number):
     command = [*TUNE, "-np", "2", "--steps", "1000000", "--timeout", "1000", "--", *RECIPE]
     process, mark = begin(1, command, launcher="none", environment={"TMPDIR": str(tmp_path)}, cwd=tmp_path)
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 400
         while not (begun := list(tmp_path.glob(".hvdkit-tune-*/run/metrics.jsonl"))) and time.monotonic() < end:
             time.sleep(0.2)
         assert begun and len(marked(mark)) >= 3
         process.send_signal(number)
-        process.communicate(timeout=60)
-        assert process.returncode == (143 if number == signal.SIGTERM else 130), process.returncode
+        _, printed = process.communicate(timeout=60)
+        assert process.returncode == (143 if number == signal.SIGTERM else 130), printed
+        assert "Traceback" not in printed
         assert seconds_until_gone(mark, 30) < 30
         assert list(tmp_path.glob(".hvdkit-tune-*")) == [], "its directory is left"
     finally:
