@@ -407,7 +407,7 @@ def _more(options: argparse.Namespace, search: Search, gain: paired.Gain) -> dic
 
 @contextlib.contextmanager
 def _signals_as_exit() -> Iterator[None]:
-    """Have SIGTERM and Ctrl-C end the run under way, remove its directory, and then this process, without a traceback."""
+    """Have SIGTERM and Ctrl-C end the run under way, remove its directory, and end this process without a traceback."""
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
