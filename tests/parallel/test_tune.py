@@ -15,7 +15,7 @@ RECIPE = [sys.executable, ROOT / "recipes/linear_regression_torch.py"]
 TUNE = ["-m", "toolkit.cli", "tune"]
 
 
-def tune(place, *arguments, environment=None, timeout=500):
+def tune(place, *arguments, environment=None, timeout=1900):
     """Run it in `place`, where nothing else than what it writes may be left, and no temporary file at all."""
     (place / "tmp").mkdir()
     environment = {**(environment or {}), "TMPDIR": str(place / "tmp")}
@@ -25,8 +25,9 @@ def tune(place, *arguments, environment=None, timeout=500):
     return result
 
 
+@pytest.mark.timeout(2000)  # half a minute where the machine has nothing else to do
 def test_a_search_tells_its_ratios_and_writes_what_it_found_or_nothing(tmp_path):
-    result = tune(tmp_path, "-np", "2", "--steps", "40", "--minutes", "6", "--settings", "cache", "--", *RECIPE)
+    result = tune(tmp_path, "-np", "2", "--steps", "40", "--minutes", "60", "--settings", "cache", "--", *RECIPE)
     assert result.returncode == 0, result.stdout + result.stderr
     head, runs, *candidates, end = result.stdout.splitlines()
     assert head.endswith(f"linear_regression_torch.py: 2 worker(s), {tuning.host_cores()} core(s)")
@@ -42,12 +43,13 @@ def test_a_search_tells_its_ratios_and_writes_what_it_found_or_nothing(tmp_path)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)  # two minutes
 def test_a_bad_setting_is_found_and_the_next_run_is_without_it(tmp_path):
-    """Horovod looks at its queue each 0.1 s, which is some 50 times a step's time: no noise hides that."""
+    """Horovod looks at its queue each 0.1 s, which is some 50 times a step's time: hardly any noise hides that."""
     bad = {"HOROVOD_CYCLE_TIME": "100"}
-    recipe = [*RECIPE, "--global-batch-size", "20"]
+    recipe = [*RECIPE, "--global-batch-size", "40"]
     short = ["-np", "2", "--steps", "12", "--minutes", "60", "--settings", "cycle-time"]
-    result = tune(tmp_path, *short, "--", *recipe, environment=bad, timeout=3000)
+    result = tune(tmp_path, *short, "--", *recipe, environment=bad, timeout=3500)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "HOROVOD_CYCLE_TIME=0.2: " in result.stdout and "of the time, kept" in result.stdout
     gained, low, high = re.search(
