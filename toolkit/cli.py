@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib.metadata import version
 
-from toolkit import checkpoint_cli, hostfile, launch, restart, verify
+from toolkit import checkpoint_cli, hostfile, launch, restart, tune, verify
 from toolkit.doctor import command as doctor
 from toolkit.errors import UsageError
 from toolkit.plan import command as plan
@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
     parser.add_argument("--version", action="version", version=f"hvdkit {version('hvdkit')}")
-    commands = parser.add_subparsers(required=True, metavar="verify|checkpoint|restart|hosts|launch|doctor|env|plan")
+    commands = parser.add_subparsers(
+        required=True, metavar="verify|checkpoint|restart|hosts|launch|doctor|env|tune|plan"
+    )
 
     command = commands.add_parser(
         "verify",
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     hostfile.add_to(commands)
     launch.add_to(commands)
     doctor.add_to(commands)
+    tune.add_to(commands)
     plan.add_to(commands)
     return parser
 

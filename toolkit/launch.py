@@ -329,7 +329,7 @@ def _command(options: argparse.Namespace) -> int:
     given = Specification(
         command=tuple(options.command),
         directory=os.getcwd(),
-        hosts=tuple(_hosts(options, os.environ)),
+        hosts=tuple(hosts_of(options, os.environ)),
         ranks=options.np,
         interface=options.interface,
         ssh_port=options.ssh_port,
@@ -360,7 +360,8 @@ def _notes(given: Specification, environment: Mapping[str, str]) -> list[str]:
     return notes
 
 
-def _hosts(options: argparse.Namespace, environment: Mapping[str, str]) -> list[Host]:
+def hosts_of(options: argparse.Namespace, environment: Mapping[str, str]) -> list[Host]:
+    """The hosts that --hostfile or --hosts give, or else the Slurm, PBS or LSF job; none: this machine."""
     if options.hostfile is not None:
         return hostfile.read(options.hostfile)
     if options.hosts is not None:

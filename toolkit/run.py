@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from toolkit import checkpoint, elastic, ending, output, plain, reading, schedule, watch
+from toolkit import checkpoint, elastic, ending, output, plain, reading, schedule, step_times, watch
 from toolkit.adapters import Adapter
 from toolkit.agreement import Agreement
 from toolkit.audit import Audit
@@ -27,7 +27,6 @@ from toolkit.random_streams import sample_generator
 from toolkit.sharding import Part, Sharding
 from toolkit.stopping import resume_command
 from toolkit.sync import SyncCheck
-from toolkit.timing import StepTimes
 from toolkit.world import World
 
 _FLUSH_STEPS = 50  # steps whose losses are averaged over the ranks in one collective operation
@@ -163,8 +162,8 @@ class Run:
         self._claim: Claim | None = None  # rank 0's, on the output directory
         self._metrics: output.Metrics | None = None  # rank 0's
         self._membership = elastic.current()
+        self._times = step_times.from_environment()
         self._writer = checkpoint.Writer(self._check_claim)
-        self._step_times = StepTimes(world.rank)
 
     @property
     def epoch(self) -> int:
@@ -311,7 +310,8 @@ class Run:
         if self.finished:
             raise RuntimeError("the run is finished: loop over run.epochs(), which then ends.")
         watch.doing(f"loading the batch of step {self.step + 1}")
-        self._step_times.note("begin", self.epoch)
+        if self._times is not None:
+            self._times.begin()
         for part, batch in batches:
             self._part = part
             watch.doing(f"training at step {self.step + 1}")
@@ -355,7 +355,6 @@ class Run:
         self._keep_statistics(put_back=left_out)
         self._give_up_unless_finite(left_out)
         self.progress.advance(self.epoch)
-        self._step_times.note("end", self.epoch)
         if len(self._rows) >= _FLUSH_STEPS:
             self._flush()
         if self._sync.due(self.step):
@@ -371,6 +370,8 @@ class Run:
         if inside:
             self._leave_if_told()
         watch.doing(f"loading the batch of step {self.step + 1}" if inside else f"ending epoch {self.epoch + 1}")
+        if self._times is not None:
+            self._times.end_step()
 
     def _row(self, step: int) -> dict[str, Any]:
         return {"epoch": self.epoch + 1, "step": step, "learning_rate": self.learning_rate(), "loss": self._losses}
@@ -450,6 +451,8 @@ class Run:
         if self.finished or self.epoch % self.options.checkpoint_every == 0 or due:
             self.save()
         self._commit()
+        if self._times is not None:
+            self._times.begin()
         return row
 
     def save(self) -> None:
@@ -516,9 +519,10 @@ class Run:
         watch.leaving(error)
         self._end_cuts()
         self.progress.close()
-        self._step_times.write()
         try:
             try:
+                if kind is None and self._times is not None:
+                    self._times.write(self.name, self.world, self.adapter, self.model)
                 if kind is None and self.finished:
                     output.decided_by_rank_0(self.world, self.adapter, lambda: self._writer.finish(tries=0))
             finally:

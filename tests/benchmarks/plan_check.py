@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.benchmarks import published
 from tests.hosts.cluster import INTERFACE, NAMES, Cluster, missing
 from tests.launching import ROOT, clean_environment
-from toolkit import timing
+from toolkit import step_times
 from toolkit.plan.measure import WARM_UP
 
 RESULTS = Path(__file__).parent / "results" / "plan.md"
@@ -60,7 +60,7 @@ def predicted(file, workers):
 
 def measured(directory):
     """Seconds of each step."""
-    return timing.seconds_of_steps(Path(f"{directory}.times.rank0"), WARM_UP)
+    return step_times.seconds_of_steps(Path(f"{directory}.times"), WARM_UP)
 
 
 def here(words, environment=None):
@@ -80,7 +80,7 @@ def on_this_machine(directory, runs):
             for number in range(runs):
                 place = directory / f"{recipe}-{workers}-{number}"
                 mpirun = ["mpirun", "-np", str(workers), "--oversubscribe", "--bind-to", "none"] if workers > 1 else []
-                here([*mpirun, *run_words(place, recipe)], {timing.VARIABLE: f"{place}.times"})
+                here([*mpirun, *run_words(place, recipe)], {step_times.VARIABLE: f"{place}.times"})
                 found.append(measured(place))
             yield f"`{recipe}`, {workers} here", min(predicted(file, workers).values()), found
 
@@ -101,7 +101,7 @@ def over_slow_links(cluster, runs, recipe="cnn_torch", algorithms=tuple(FORCED))
                 place = cluster.directory / f"{algorithm}-{workers}-{number}"
                 sent = [word for name in forced(algorithm) for word in ("--env", name)]
                 words = ["hvdkit", "launch", "-H", ",".join(NAMES[:workers]), "--interface", INTERFACE, *sent, "--"]
-                environment = {timing.VARIABLE: f"{place}.times", **forced(algorithm)}
+                environment = {step_times.VARIABLE: f"{place}.times", **forced(algorithm)}
                 done = cluster.run("node1", [*words, *run_words(place, recipe)], environment=environment)
                 assert done.returncode == 0, done.stderr[-3000:]
                 found.append(measured(place))

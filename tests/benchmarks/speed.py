@@ -196,7 +196,7 @@ def _draw(results: dict[str, Any], output: Path) -> None:
     try:
         from tests.benchmarks import plots
     except ImportError as error:
-        say(f"no pictures: {error}; pip install -e '.[bench]'")
+        say(f"no pictures: {error}; pip install -e '.[plot]'")
         return
     plots.draw(results, output)
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from tests import message_simulation as simulation
 from tests.benchmarks import published
-from toolkit import timing
 from toolkit.cli import main
 from toolkit.errors import UsageError
 from toolkit.plan import cost, step
@@ -159,30 +158,6 @@ def test_counts_fill_hosts():
     assert step.worker_counts(4, 4) == [1, 2, 4]
     with pytest.raises(UsageError, match="fill hosts of 4"):
         cost.ring(Links(LOCAL, LOCAL, 4), 6, 1.0)
-
-
-def test_times_of_steps(tmp_path, monkeypatch):
-    monkeypatch.setenv(timing.VARIABLE, str(tmp_path / "times"))
-    moments = iter([0.0, 1.0, 3.0, 100.0, 104.0, 109.0])
-    monkeypatch.setattr(timing.time, "monotonic", lambda: next(moments))
-    noted = timing.StepTimes(0)
-    for kind, epoch in [("begin", 0), ("end", 0), ("end", 0), ("begin", 1), ("end", 1), ("end", 1)]:
-        noted.note(kind, epoch)
-    noted.write()
-    assert timing.seconds_of_steps(tmp_path / "times.rank0", 0) == [1.0, 2.0, 4.0, 5.0]
-    assert timing.seconds_of_steps(tmp_path / "times.rank0", 2) == [4.0, 5.0]
-    monkeypatch.delenv(timing.VARIABLE)
-    timing.StepTimes(1).write()
-    assert not (tmp_path / "times.rank1").exists()
-
-
-def test_times_of_steps_that_a_framework_loops_over(tmp_path):
-    """In Keras' `fit` nothing tells when an epoch begins: between epochs there may be an evaluation."""
-    (tmp_path / "fit").write_text('[["end", 0, 1.0], ["end", 0, 2.0], ["end", 1, 50.0], ["end", 1, 53.0]]')
-    assert timing.seconds_of_steps(tmp_path / "fit", 0) == [1.0, 3.0]
-    (tmp_path / "short").write_text('[["end", 0, 1.0], ["end", 1, 2.0], ["end", 2, 5.0]]')
-    assert timing.seconds_of_steps(tmp_path / "short", 0) == [1.0, 3.0], "an epoch is one step"
-    assert timing.seconds_of_steps(tmp_path / "short", 2) == [3.0]
 
 
 # --- the command

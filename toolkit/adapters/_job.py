@@ -10,12 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from horovod.common.process_sets import ProcessSet, global_process_set
 
-from toolkit import connections, elastic, tuning, watch, world
+from toolkit import connections, elastic, tuned, tuning, watch, world
 from toolkit.adapters import _mpi
 from toolkit.adapters._mpi import MpiWire
 from toolkit.errors import UsageError
@@ -69,7 +70,7 @@ def start_horovod(
         raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
     if groups > 1 and elastic.is_active():
         raise UsageError("--fold-groups in an elastic job: start it without --host-discovery-script, or leave it out.")
-    choices = tuning.choose_environment() if tune else Choices()
+    choices = _choose(hvd.__name__.rpartition(".")[2], launched or World()) if tune else Choices()
     if deterministic:
         choices = tuning.with_determinism(choices)
     os.environ.update(choices.environment)
@@ -87,8 +88,8 @@ def start_horovod(
     with connections.noted() if elastic.is_active() else contextlib.nullcontext():
         hvd.init(process_sets=sets)
     _cycles.clear()
-    if "HOROVOD_CYCLE_TIME" in choices.environment and not sets:
-        _cycles.update(fast=choices.environment["HOROVOD_CYCLE_TIME"], slow=tuning.SLOW_CYCLE)
+    if choices.environment.get("HOROVOD_CYCLE_TIME") == tuning.CYCLE_TIME and not sets:  # not one that tune has found
+        _cycles.update(fast=tuning.CYCLE_TIME, slow=tuning.SLOW_CYCLE)
     here = world.from_horovod(hvd)
     if launched is not None and launched.size != here.size and not elastic.is_active():
         raise UsageError(
@@ -100,7 +101,10 @@ def start_horovod(
         _process_sets["group"] = sets[number]
         here = replace(here, rank=sets[number].rank(), size=sets[number].size(), group=number, groups=groups)
     end_job_on_exception(here)
-    choices = tuning.with_threads(choices, here.local_size) if tune else choices
+    if tune:
+        choices = tuning.with_affinity(tuning.with_threads(choices, here.local_size), here.local_rank, here.local_size)
+    if choices.cores is not None:
+        os.sched_setaffinity(0, choices.cores)
     if verbose and here.rank == here.group == 0:
         print(choices.explain(), flush=True)
     return here, choices
@@ -121,6 +125,15 @@ def restart_horovod(hvd: Any, cycle: str) -> None:
         os.environ["HOROVOD_CYCLE_TIME"] = _cycles[cycle]
         hvd.shutdown()
         hvd.init()
+
+
+def _choose(framework: str, launched: World) -> Choices:
+    """The variables to set, with what `hvdkit tune` has found for a job like this one."""
+    if elastic.is_active():  # its workers and their number change
+        return tuning.choose_environment()
+    path, environment, why_not = tuned.take_up(Path(sys.argv[0]).stem, framework, launched)
+    choices = tuning.choose_environment(tuned=environment, source=str(path))
+    return replace(choices, reasons=(*choices.reasons, why_not)) if why_not else choices
 
 
 def stop_horovod(hvd: Any, gather: Callable[..., Any]) -> None:

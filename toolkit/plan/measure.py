@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import checkpoint, launch, timing, verify
+from toolkit import checkpoint, launch, step_times, verify
 from toolkit.doctor import all_reduce, measure, processes
 from toolkit.errors import UsageError
 from toolkit.hostfile import Host
@@ -120,10 +120,10 @@ def recipe(
             _run(words, directory / "before", 0, timeout, environment)
             before = _newest(directory / "before")
         with _companions(words, directory, workers - 1, timeout, environment):
-            times = {timing.VARIABLE: str(directory / "times")}
+            times = {step_times.VARIABLE: str(directory / "times")}
             _run(words, directory / "run", WARM_UP + steps, timeout, {**environment, **times})
-        found, noted = _newest(directory / "run"), directory / "times.rank0"
-        seconds = timing.seconds_of_steps(noted, WARM_UP) if noted.exists() else []
+        found, noted = _newest(directory / "run"), directory / "times"
+        seconds = step_times.seconds_of_steps(noted, WARM_UP) if noted.exists() else []
     if not seconds:
         raise UsageError(f"the recipe ends before it has taken {WARM_UP + 2} steps: give it more epochs.")
     return Recipe(

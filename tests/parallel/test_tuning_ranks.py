@@ -1,0 +1,103 @@
+"""What tuning and the file of `hvdkit tune` make of real ranks."""
+
+import json
+import os
+import re
+
+import pytest
+
+from tests.launching import ROOT, WORKERS, launch
+from toolkit import step_times, tuned, tuning
+
+CORES = sorted(os.sched_getaffinity(0))
+YIELD = "OMPI_MCA_mpi_yield_when_idle"
+OURS = {"HOROVOD_CYCLE_TIME": "0.2", YIELD: "1"}
+TUNED = {"HOROVOD_CYCLE_TIME": "100", tuning.THREADS: "3"}
+
+
+def keep(place, environment, cores=None):
+    job = tuned.Job("torch", 2, 2, cores or tuning.host_cores())
+    tuned.write(place / tuned.path_for("tuning_cases", 2), tuned.Tuned(job, environment, {}))
+
+
+def ranks(place, *arguments, environment=None, **more):
+    """What each of two ranks tells, and all that was printed."""
+    command = [WORKERS / "tuning_cases.py", *arguments]
+    result = launch(2, command, cwd=place, environment=environment, timeout=120, **more)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(re.search(r"FOUND (.*)", result.stdout)[1]), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
+def test_later_runs_take_up_what_was_found(tmp_path, launcher):
+    keep(tmp_path, TUNED)
+    found, printed = ranks(tmp_path, "-v", launcher=launcher)
+    own = {YIELD: "1"} if launcher == "mpirun" else {}
+    for rank in found:
+        assert rank["environment"] == {**own, **TUNED} and rank["threads"] == 3
+        assert rank["seconds"] > 0.25, "Horovod looks at its queue each 0.1 s, so 5 operations can't take less"
+    assert "HOROVOD_CYCLE_TIME=100: found by hvdkit tune, in runs/tuning_cases.tuned-np2.json" in printed
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs 2 cores")
+def test_each_rank_keeps_to_its_own_cores(tmp_path):
+    found, printed = ranks(tmp_path, "-v", environment={tuning.AFFINITY: "1"})
+    parts = [rank["cores"] for rank in found]
+    assert sorted(parts[0] + parts[1]) == CORES and all(parts)
+    assert "kept to core(s)" in printed and "HVDKIT_AFFINITY=1" in printed
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs 2 cores")
+def test_ranks_that_the_launcher_has_bound_stay_where_they_are(tmp_path):
+    bind = ("--bind-to", "core")
+    found, printed = ranks(tmp_path, "-v", environment={tuning.AFFINITY: "1"}, options=bind)
+    assert "cores left alone: the launcher has bound this worker to" in printed
+    assert found[0]["cores"] != found[1]["cores"]
+    assert all(rank["threads"] <= len(rank["cores"]) for rank in found)
+
+
+LEFT_ALONE = {
+    "another machine": ({}, ["-v"], "runs/tuning_cases.tuned-np2.json left alone: it is for 999 core(s) a host"),
+    "--no-tuning": ({}, ["-v", "--no-tuning"], "tuning: off"),
+    "HVDKIT_TUNED is empty": ({tuned.VARIABLE: ""}, ["-v"], "HOROVOD_CYCLE_TIME=0.2: "),
+    "the user's word": ({"HOROVOD_CYCLE_TIME": "0.3", "OMP_NUM_THREADS": "2"}, ["-v"], "=0.3 left alone: it is set"),
+}
+
+
+@pytest.mark.parametrize("why", LEFT_ALONE)
+def test_what_was_found_is_left_alone(tmp_path, why):
+    environment, arguments, told = LEFT_ALONE[why]
+    keep(tmp_path, TUNED, 999 if why == "another machine" else None)
+    found, printed = ranks(tmp_path, *arguments, environment=environment)
+    assert told in printed, printed
+    users = {name: environment[name] for name in environment if name in tuned.ACCEPTED}
+    for rank in found:
+        assert rank["environment"] == ({} if why == "--no-tuning" else {**OURS, **users})
+        assert rank["threads"] != 3
+
+
+def test_a_bad_file_is_a_line_and_where_it_was_named_the_end(tmp_path):
+    path = tmp_path / tuned.path_for("tuning_cases", 2)
+    path.parent.mkdir()
+    path.write_text('{"format": 1')
+    found, printed = ranks(tmp_path)
+    assert [rank["environment"] for rank in found] == [OURS, OURS]
+    assert printed.count("is no file of hvdkit tune, as it is no JSON: remove it") == 1
+    named = {tuned.VARIABLE: str(path)}
+    result = launch(2, [WORKERS / "tuning_cases.py"], cwd=tmp_path, environment=named, timeout=120)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "is no file of hvdkit tune, as it is no JSON" in result.stderr
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow", "keras"])
+def test_the_times_of_a_runs_steps(tmp_path, framework):
+    path = tmp_path / "times.json"
+    command = [ROOT / f"recipes/linear_regression_{framework}.py", "--output", tmp_path / "run", "--max-steps", "9"]
+    command += ["--global-batch-size", "100"]  # 5 steps an epoch
+    result = launch(2, command, environment={step_times.VARIABLE: str(path)}, timeout=200)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(path.read_text())
+    assert len(found["seconds"]) == 9 and min(found["seconds"]) > 0
+    assert (found["name"], found["workers"], found["local_workers"]) == (f"linear_regression_{framework}", 2, 2)
+    assert found["framework"] == ("torch" if framework == "torch" else "tensorflow")
+    assert found["cores"] == tuning.host_cores()

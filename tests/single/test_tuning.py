@@ -1,0 +1,259 @@
+"""What tuning chooses in many situations, and the file of `hvdkit tune`: what of it is taken up, what is refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from toolkit import tune, tuned, tuning
+from toolkit.errors import UsageError
+from toolkit.tuning import AFFINITY, THREADS, Choices
+from toolkit.world import World
+
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+MPICH = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}
+YIELD = "OMPI_MCA_mpi_yield_when_idle"
+
+
+@pytest.mark.parametrize(
+    ("environ", "mpi", "chosen"),
+    [
+        (OPEN_MPI, "Open MPI", {YIELD: "1", "HOROVOD_CYCLE_TIME": "0.2"}),
+        (MPICH, "MPICH", {"HOROVOD_CYCLE_TIME": "0.2"}),
+        ({"HOROVOD_CONTROLLER": "gloo", "HOROVOD_RANK": "0"}, "none", {"HOROVOD_CYCLE_TIME": "0.2"}),
+        ({"SLURM_PROCID": "0"}, "", {YIELD: "1", "HOROVOD_CYCLE_TIME": "0.2"}),
+        ({**OPEN_MPI, YIELD: "0"}, "Open MPI", {"HOROVOD_CYCLE_TIME": "0.2"}),
+        ({**OPEN_MPI, YIELD: "0", "HOROVOD_CYCLE_TIME": ""}, "Open MPI", {}),
+    ],
+)
+def test_variables_follow_from_the_mpi_and_from_what_is_set(environ, mpi, chosen):
+    assert tuning.mpi_of(environ) == mpi
+    found = tuning.choose_environment(environ)
+    assert dict(found.environment) == chosen
+    assert all(f"{name}={value}: " in found.explain() for name, value in chosen.items())
+    assert YIELD not in environ or f"{YIELD}={environ[YIELD]} left alone: it is set" in found.explain()
+
+
+@pytest.mark.parametrize(
+    ("own", "around", "local_size", "threads"),
+    [
+        (1, 1, 1, 1),
+        (1, 1, 4, 1),
+        (2, 2, 1, 2),
+        (2, 2, 2, 1),
+        (2, 2, 3, 1),
+        (64, 64, 1, 64),
+        (64, 64, 8, 8),
+        (64, 64, 96, 1),
+        (1, 64, 8, 1),  # bound to a core
+        (8, 64, 8, 8),  # bound to a part of one's own
+        (32, 64, 2, 32),  # to a socket of one's own
+        (32, 64, 8, 8),  # to a socket, with three others
+        (4, 3, 1, 4),  # a launcher that has less was not the one who bound it
+    ],
+)
+def test_threads_follow_from_cores_workers_and_binding(own, around, local_size, threads):
+    found = tuning.with_threads(Choices(), local_size, {}, own, around)
+    assert found.threads == threads
+    assert ("bound" in found.explain()) == (own < around)
+
+
+@pytest.mark.parametrize(
+    ("environ", "threads", "told"),
+    [
+        ({THREADS: "3"}, 3, "3 compute thread(s): HVDKIT_THREADS"),
+        ({"OMP_NUM_THREADS": "5"}, None, "OMP_NUM_THREADS=5 is set"),
+        ({THREADS: "3", "OMP_NUM_THREADS": "5"}, 3, "3 compute thread(s): HVDKIT_THREADS"),
+    ],
+)
+def test_threads_that_are_asked_for(environ, threads, told):
+    found = tuning.with_threads(Choices(), 2, environ, 8, 8)
+    assert found.threads == threads and told in found.explain()
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "two", "1.5", "99999", "1\n", "٣"])
+def test_what_is_no_number_of_threads_is_one_line(text):
+    with pytest.raises(UsageError, match="HVDKIT_THREADS is .*: expected a number of threads") as error:
+        tuning.with_threads(Choices(), 2, {THREADS: text}, 8, 8)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cores", "local_size", "blocks"),
+    [
+        ([0, 1], 2, [(0,), (1,)]),
+        ([0], 1, [(0,)]),
+        ([4, 5, 6, 7, 8], 2, [(4, 5), (6, 7, 8)]),
+        (range(64), 8, [tuple(range(8 * r, 8 * r + 8)) for r in range(8)]),
+        ([0, 1], 3, [None, None, None]),
+    ],
+)
+def test_each_worker_has_a_part_of_the_cores_to_itself(cores, local_size, blocks):
+    on = {AFFINITY: "1"}
+    found = [tuning.with_affinity(Choices(), r, local_size, on, cores, bound=False) for r in range(local_size)]
+    assert [choices.cores for choices in found] == blocks
+    assert all(choices.reasons for choices in found)
+    for environ in ({}, {AFFINITY: "0"}):
+        assert tuning.with_affinity(Choices(), 0, local_size, environ, cores, bound=False) == Choices()
+
+
+def test_a_worker_that_its_launcher_has_bound_stays_there():
+    found = tuning.with_affinity(Choices(), 1, 2, {AFFINITY: "1"}, [2, 3], bound=True)
+    assert found.cores is None and "the launcher has bound this worker to 2,3" in found.explain()
+    with pytest.raises(UsageError, match="HVDKIT_AFFINITY is 'yes': expected 1"):
+        tuning.with_affinity(Choices(), 0, 1, {AFFINITY: "yes"}, [0], bound=False)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core can't be bound to fewer")
+@pytest.mark.parametrize("bound", [False, True])
+def test_whether_the_launcher_has_bound_this_process_is_seen(bound):
+    def bind():
+        if bound:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    code = "from toolkit import tuning as t; print(t.is_bound(), t.usable_cores(), t.host_cores())"
+    line = [sys.executable, "-c", code]
+    out = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True, preexec_fn=bind).stdout
+    assert out.split() == [str(bound), "1" if bound else str(tuning.usable_cores()), str(tuning.usable_cores())]
+
+
+def test_what_was_found_comes_after_the_users_word_and_before_our_own():
+    found = {"HOROVOD_CYCLE_TIME": "5", YIELD: "0", THREADS: "3", AFFINITY: "1"}
+    environ = {**OPEN_MPI, YIELD: "1", "OMP_NUM_THREADS": "7"}
+    chosen = tuning.choose_environment(environ, found, "a file")
+    assert dict(chosen.environment) == {"HOROVOD_CYCLE_TIME": "5", AFFINITY: "1"}
+    assert "HOROVOD_CYCLE_TIME=5: found by hvdkit tune, in a file" in chosen.explain()
+    assert "OMP_NUM_THREADS=7 is set" in tuning.with_threads(chosen, 2, environ, 8).explain()
+
+
+HERE = tuned.Job("torch", 2, 2, 2)
+GOOD = tuned.Tuned(HERE, {"HOROVOD_CYCLE_TIME": "0.5", tuned.REDUCER: "mpi"}, {"command": "python x.py"})
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tuning, "host_cores", lambda: 2)
+    return tuned.path_for("x", 2)
+
+
+def test_a_file_is_read_as_it_was_written(place):
+    tuned.write(place, GOOD)
+    assert tuned.read(place) == GOOD
+    assert tuned.take_up("x", "torch", World(1, 2, 1, 2), {}) == (place, GOOD.environment, "")
+
+
+@pytest.mark.parametrize(
+    ("script", "framework", "world", "environ", "why_not"),
+    [
+        ("y", "torch", World(0, 2, 0, 2), {}, ""),
+        ("x", "torch", World(0, 2, 0, 2), {tuned.VARIABLE: ""}, ""),
+        ("x", "torch", World(0, 1, 0, 1), {}, ""),
+        ("x", "tensorflow", World(0, 2, 0, 2), {}, "it is for 'torch', and this job has tensorflow"),
+        ("x", "torch", World(0, 2, 0, 1), {}, ""),  # two hosts, which may have different files
+        ("x", "torch", World(0, 3, 0, 3), "named", "it is for 2 worker(s), and this job has 3"),
+    ],
+)
+def test_a_file_for_another_job_is_left_alone(place, script, framework, world, environ, why_not):
+    tuned.write(place, GOOD)
+    environ = {tuned.VARIABLE: str(place)} if environ == "named" else environ
+    path, environment, told = tuned.take_up(script, framework, world, environ)
+    assert environment == {} and why_not in told and bool(told) == bool(why_not)
+    assert path == (place if why_not else None)
+
+
+def test_another_machines_file_is_left_alone(place, monkeypatch):
+    tuned.write(place, GOOD)
+    monkeypatch.setattr(tuning, "host_cores", lambda: 64)
+    found = tuned.take_up("x", "torch", World(0, 2, 0, 2), {})
+    assert found == (place, {}, f"{place} left alone: it is for 2 core(s) a host, and this job has 64")
+
+
+def test_on_several_hosts_a_named_file_must_fit_on_each(place, monkeypatch):
+    job = tuned.Job("torch", 4, 2, 2)
+    tuned.write(place, tuned.Tuned(job, GOOD.environment, {}))
+    environ, world = {tuned.VARIABLE: str(place)}, World(3, 4, 1, 2)
+    assert tuned.take_up("x", "torch", world, environ)[1] == GOOD.environment
+    monkeypatch.setattr(tuning, "host_cores", lambda: 8)  # of this host; the others have taken it up
+    with pytest.raises(UsageError, match=r"is for 2 core\(s\) a host, and this job has 8: "):
+        tuned.take_up("x", "torch", world, environ)
+
+
+def changed(**changes):
+    content = {"format": 1, "job": {"framework": "torch", "workers": 2, "local_workers": 2, "cores": 2}}
+    return json.dumps({**content, "environment": {}, **changes}).encode()
+
+
+BAD = {
+    b"": "it is no JSON",
+    b"\xff\x00": "it is no JSON",
+    b"[" * 50_000: "it is no JSON",
+    b'{"format": 1}' + b" " * 70_000: "its job is None",
+    b"[]": 'it has no "format": 1',
+    changed(format=2): 'it has no "format": 1',
+    changed(job={"workers": 2}): "its job is",
+    changed(job={"framework": "torch", "workers": 0, "local_workers": 2, "cores": 2}): "its workers is 0",
+    changed(job={"framework": "torch", "workers": 2, "local_workers": True, "cores": 2}): "its local_workers is True",
+    changed(environment=["HOROVOD_CYCLE_TIME"]): "its environment is",
+    changed(environment={"LD_PRELOAD": "/x.so"}): "it sets 'LD_PRELOAD', which hvdkit tune does not",
+    changed(environment={"HOROVOD_CYCLE_TIME": 1}): "it sets HOROVOD_CYCLE_TIME to 1",
+    changed(environment={"HOROVOD_CYCLE_TIME": "fast\n"}): r"it sets HOROVOD_CYCLE_TIME to 'fast\n'",
+    changed(environment={"HVDKIT_REDUCER": "x" * 500}): "it sets HVDKIT_REDUCER to 'xxx",
+}
+
+
+@pytest.mark.parametrize("content", BAD, ids=range(len(BAD)))
+def test_a_bad_file_is_one_line(place, capsys, content):
+    place.parent.mkdir()
+    place.write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        tuned.take_up("x", "torch", World(0, 2, 0, 2), {tuned.VARIABLE: str(place)})
+    assert BAD[content] in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert tuned.take_up("x", "torch", World(1, 2, 1, 2), {})[1:] == ({}, f"{place} left alone: it can't be used")
+    assert capsys.readouterr().err == ""
+    tuned.take_up("x", "torch", World(0, 2, 0, 2), {})
+    assert capsys.readouterr().err == f"warning: {error.value}\n"
+
+
+def test_what_is_no_plain_file_is_one_line_too(place):
+    place.parent.mkdir()
+    os.mkfifo(place)
+    for path in (place, place.parent, place.with_name("nowhere")):
+        with pytest.raises(UsageError, match="can't be read"):
+            tuned.read(path)
+    os.symlink("nowhere", place.with_name("x.tuned-np3.json"))
+    assert "can't be used" in tuned.take_up("x", "torch", World(0, 3, 0, 3), {})[2]
+
+
+@pytest.mark.parametrize(
+    ("job", "mpi", "environ", "expected"),
+    [
+        (
+            tuned.Job("torch", 2, 2, 2),
+            "Open MPI",
+            {},
+            ["mpi", "horovod", "THREADS=2", "TIME=1", "TIME=5", "idle=0", "AFFINITY=1", "=1048576", "OLD=0", "ITY=0"],
+        ),
+        (
+            tuned.Job("torch", 8, 8, 64),
+            "none",
+            {"HOROVOD_CYCLE_TIME": "50", "OMP_NUM_THREADS": "8", AFFINITY: "1"},
+            ["THREADS=1", "THREADS=64", "TIME=0.2", "TIME=1", "TIME=5", "AFFINITY=0", "=1048576", "OLD=0", "ITY=0"],
+        ),
+        (
+            tuned.Job("torch", 4, 4, 2),
+            "MPICH",
+            {"OMP_NUM_THREADS": "2"},
+            ["mpi", "horovod", "THREADS=1", "TIME=1", "TIME=5", "=1048576", "OLD=0", "ITY=0"],
+        ),
+    ],
+)
+def test_what_is_tried_is_what_a_run_does_not_have_already(job, mpi, environ, expected):
+    found = [f"{name}={value}" for _, change in tune.candidates(job, mpi, environ) for name, value in change.items()]
+    assert len(found) == len(expected) and all(map(str.endswith, found, expected)), found
+    assert {setting for setting, _ in tune.candidates(job, mpi, environ)} <= set(tune.SETTINGS)
+    for name, value in (word.split("=") for word in found):
+        assert re.fullmatch(tuned.ACCEPTED[name], value), "what is tried must be what the file may hold"
