@@ -58,7 +58,7 @@ def fit(world, options, train, test):
     model = build_model(options.dropout)
     model.set_weights(initial_weights.for_keras(initial_weights.cnn(options.seed)))
     optimizer = keras.optimizers.SGD(options.learning_rate, momentum=options.momentum)
-    optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
+    optimizer = dp.distribute(optimizer, model, **options.distribute)  # distributed
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
 

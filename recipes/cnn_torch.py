@@ -65,7 +65,7 @@ def fit(world, options, train, test):
     weights = initial_weights.cnn(options.seed)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
-    optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
+    optimizer = dp.distribute(optimizer, model, **options.distribute)  # distributed
 
     with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
         for _ in run.epochs():

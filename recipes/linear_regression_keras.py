@@ -62,7 +62,7 @@ def fit(world, options, train, test):
     )
     model.set_weights(initial_weights.for_keras(initial_weights.linear(train.x.shape[1], options.seed)))
     optimizer = keras.optimizers.SGD(options.learning_rate, momentum=options.momentum)
-    optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
+    optimizer = dp.distribute(optimizer, model, **options.distribute)  # distributed
 
     model.compile(optimizer=optimizer, loss=half_squared_error)
 

@@ -52,7 +52,7 @@ def fit(world, options, train, test):
     )
     model.set_weights(initial_weights.for_keras(initial_weights.linear(train.x.shape[1], options.seed)))
     optimizer = tf.keras.optimizers.SGD(options.learning_rate, momentum=options.momentum)
-    optimizer = dp.distribute(optimizer, model, accumulation_steps=options.accumulation_steps)  # distributed
+    optimizer = dp.distribute(optimizer, model, **options.distribute)  # distributed
 
     @tf.function(reduce_retracing=True)
     def train_step(x, y, weight):

@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 from toolkit import ending, sharding, world
 from toolkit.world import World
 
+REDUCERS = ("auto", "horovod", "mpi")
+
 
 def option(
     default: Any,
@@ -52,6 +54,8 @@ class RunOptions:
         None, "samples per step and worker instead: the rate is scaled by the number of workers", minimum=1
     )
     accumulation_steps: int = option(1, "passes that a worker cuts its part of a global batch into", minimum=1)
+    compression: str = option("none", "of gradients: none, fp16, bf16, int8, topk[:share] or powersgd[:rank]")
+    reducer: str = option("auto", "who adds up gradients; auto: whichever is faster here", choices=REDUCERS)
     learning_rate: float = option(0.02, "for the global batch size, or for one worker's --batch-size", above=0)
     warmup_epochs: float = option(1.0, "length of the warm-up where --batch-size scales the rate", minimum=0)
     seed: int = option(0, "for initial weights and the order of the samples", minimum=0, maximum=2**32 - 1)
@@ -105,6 +109,15 @@ class RunOptions:
             "deterministic": self.deterministic,
             "groups": self.fold_groups,
             "stall_timeout": self.stall_timeout,
+        }
+
+    @property
+    def distribute(self) -> dict[str, Any]:
+        """The arguments of an adapter's `distribute`."""
+        return {
+            "accumulation_steps": self.accumulation_steps,
+            "compression": self.compression,
+            "reducer": self.reducer,
         }
 
 

@@ -47,6 +47,7 @@ _FREE_OPTIONS = [
     "audit",
     "on_nan",
     "fold_groups",
+    "reducer",
     "deterministic",
     "stall_timeout",
     "no_tuning",

@@ -26,6 +26,7 @@ from toolkit.world import World
 
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
+_explains = False
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
 
 
@@ -58,7 +59,7 @@ def start_horovod(
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
-    global _distributed
+    global _distributed, _explains
     _distributed = itertools.count()  # workers that come to an elastic job begin at 0 too
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
@@ -105,9 +106,15 @@ def start_horovod(
         choices = tuning.with_affinity(tuning.with_threads(choices, here.local_size), here.local_rank, here.local_size)
     if choices.cores is not None:
         os.sched_setaffinity(0, choices.cores)
-    if verbose and here.rank == here.group == 0:
-        print(choices.explain(), flush=True)
+    _explains = verbose and here.rank == here.group == 0
+    explain(choices.explain())
     return here, choices
+
+
+def explain(lines: str) -> None:
+    """Print what was decided, where `start` was told to be verbose."""
+    if _explains:
+        print(lines, flush=True)
 
 
 def mpi_wire(hvd: Any, ranks: ProcessSet) -> MpiWire | None:

@@ -15,6 +15,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from toolkit import watch
 from toolkit.adapters import _job, _reduction
 from toolkit.adapters._reduction import exchange
+from toolkit.compression import Compressor
 from toolkit.errors import UsageError
 
 # What a variable's gradient is on a rank; where ranks differ, the largest is what all of them send.
@@ -227,8 +228,7 @@ class GradientAverager(_reduction.Averager):
             means: of all variables.
         """
         groups = groups or {tf.float32: []}
-        if self._compression != "none":
-            self._make_compressor([variables[i].shape for i in groups[tf.float32]], _EXTRA)
+        self._set_up([variables[i].shape for indices in groups.values() for i in indices], self._wire, _EXTRA)
         packed = [
             tf.concat(
                 [tf.zeros([0], dtype)]
@@ -241,8 +241,10 @@ class GradientAverager(_reduction.Averager):
         names = [getattr(variables[i], "path", variables[i].name) for indices in groups.values() for i in indices]
         ends = np.cumsum([size for group in sizes.values() for size in group])
 
+        compressor = self._compressor
+
         def add_up(*arrays: np.ndarray) -> list[Any]:
-            return self._add_up(arrays, names, ends)
+            return self._add_up(arrays, names, ends, compressor)
 
         *sums, self._taken = tf.numpy_function(add_up, packed, [*groups, tf.bool])
         self._taken.set_shape([])
@@ -251,22 +253,24 @@ class GradientAverager(_reduction.Averager):
             for i, part in zip(indices, tf.split(mean, sizes[dtype]), strict=True):
                 means[i] = tf.cast(tf.reshape(part, variables[i].shape), variables[i].dtype)
 
-    def _add_up(self, arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarray) -> list[Any]:
+    def _add_up(
+        self, arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarray, compressor: Compressor | None
+    ) -> list[Any]:
         """The arrays' means over all ranks, in new arrays, and whether the step may be taken."""
         self._broken = _first_broken(arrays, names, ends) if exchange.guarded else ""
         buffers = [_aligned(array.size + _EXTRA, array.dtype) for array in arrays]
-        scale = 1 if self._compressor else 1 / self._wire.size
+        scale = 1 if compressor else 1 / self._wire.size
         for array, buffer in zip(arrays, buffers, strict=True):
             np.multiply(array, array.dtype.type(scale), out=buffer[:-_EXTRA])
             buffer[-_EXTRA:] = exchange.flag, bool(self._broken)
             with watch.waiting(self._name):
-                if self._compressor:
-                    self._compressor.average(buffer, self._wire)
+                if compressor:
+                    compressor.average(buffer, self._wire)
                 else:
                     self._wire.sum(buffer)
         heard, broken = buffers[0][-_EXTRA:]
         exchange.heard |= bool(heard > 0)
-        if self._compressor and exchange.guarded and not np.isfinite(buffers[0].sum()):
+        if compressor and exchange.guarded and not np.isfinite(buffers[0].sum()):
             broken = not np.isfinite(buffers[0]).all()  # a mean that overflowed
         return [*(buffer[:-_EXTRA] for buffer in buffers), np.bool_(broken == 0)]
 

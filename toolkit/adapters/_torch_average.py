@@ -106,7 +106,7 @@ class GradientAverager(_reduction.Averager):
         self._wire = self._choose(dense)
         if self._compression != "none":
             self._wire = self._wire or _HorovodWire(self._name, _job.process_set())
-            self._make_compressor([p.shape for p in dense], len(parameters) + 2)
+        self._set_up([p.shape for p in dense], self._wire, len(parameters) + 2)
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, p in enumerate(parameters):
             if not sparse[i]:
