@@ -103,6 +103,7 @@ def start_horovod(
         here = replace(here, rank=sets[number].rank(), size=sets[number].size(), group=number, groups=groups)
     end_job_on_exception(here)
     if tune:
+        choices = tuning.with_memory_kept(choices)
         choices = tuning.with_affinity(tuning.with_threads(choices, here.local_size), here.local_rank, here.local_size)
     if choices.cores is not None:
         os.sched_setaffinity(0, choices.cores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -9,9 +10,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.random.seed_generator import global_seed_generator
+from keras.src.backend.common import global_state
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED
 
-from toolkit import watch
 from toolkit.adapters import _keras_optimizer, _shared
 from toolkit.errors import UsageError
 
@@ -27,6 +29,12 @@ def digest(model: Any, optimizer: Any = None) -> dict[str, str]:
     """`Adapter.digest`."""
     state = export_state(model, optimizer)
     return _shared.digest_arrays({n: a for n, a in state.items() if not _STATISTICS.search(n)})
+
+
+def seed(number: int) -> None:
+    """What `keras.utils.set_random_seed` does for Keras itself; that function imports TensorFlow beside torch too."""
+    global_state.set_global_attribute(GLOBAL_RANDOM_SEED, number)
+    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)  # made anew when it is wanted
 
 
 def seed_random_layers(model: Any, seed: int, rank: int) -> None:
@@ -78,13 +86,25 @@ def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) ->
         variable.assign(array if isinstance(variable, keras.Variable) else array.astype(variable.dtype.as_numpy_dtype))
 
 
-def broadcast_state(model: Any, optimizer: Any, hvd: Any, root: int, process_set: Any) -> None:
-    """`Adapter.broadcast_state` from the rank `root` of the whole job to those of a process set."""
+def broadcast_state(model: Any, optimizer: Any, broadcast: Any, root: bool) -> None:
+    """`Adapter.broadcast_state`.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer, or None.
+        broadcast: the backend's function that gives every rank the root's array of bytes.
+        root: whether this rank is the one that the state comes from.
+    """
     check_built(model)
-    state = export_state(model, optimizer) if hvd.rank() == root else None
-    with watch.waiting("broadcast_state()"):
-        state = hvd.broadcast_object(state, root, name="hvdkit.state", process_set=process_set)
-    if hvd.rank() != root:
+    state = export_state(model, optimizer) if root else {}
+    form = json.dumps([(name, array.dtype.str, array.shape) for name, array in state.items()]).encode()
+    length = broadcast(np.array([len(form)], np.int64).view(np.uint8))
+    told = broadcast(np.frombuffer(form, np.uint8) if root else np.zeros(length.view(np.int64)[0], np.uint8))
+    for name, dtype, shape in json.loads(told.tobytes()):
+        held = state[name] if root else np.zeros(shape, dtype)
+        received = broadcast(np.ascontiguousarray(held).reshape(-1).view(np.uint8))
+        state[name] = received.view(dtype).reshape(shape)
+    if not root:
         import_state(model, optimizer, state)
 
 

@@ -12,6 +12,7 @@ from toolkit.adapters._reduction import exchange_flag, leave_out
 from toolkit.adapters._torch_ops import (
     all_reduce_sum,
     be_deterministic,
+    broadcast,
     export_random,
     gather,
     import_random,
@@ -22,6 +23,7 @@ __all__ = [
     "GradientAverager",
     "all_reduce_sum",
     "be_deterministic",
+    "broadcast",
     "exchange_flag",
     "export_random",
     "gather",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from toolkit.errors import UsageError
 _MISSING, _SPARSE, _DENSE = 0, 1, 2
 _UNDECIDED = "undecided"
 _ALIGNMENT = 64  # bytes
+_LARGE = 2**16  # elements from which another way through memory takes longer than another array
 _EXTRA = 2  # numbers that travel beside the gradients
 
 
@@ -51,7 +54,19 @@ def gather(value: Any, process_set: Any) -> list[Any]:
     with watch.waiting("gather()", all_groups=process_set is not _job.process_set()):
         if wire is not None:
             return wire.gather(value)
-        return hvd.allgather_object(value, name="hvdkit.gather", process_set=process_set)
+        data = np.frombuffer(pickle.dumps(value), np.uint8)  # Horovod's own way makes a Python number of each byte
+        lengths = hvd.allgather(tf.constant([len(data)]), "hvdkit.gather.lengths", process_set=process_set).numpy()
+        gathered = hvd.allgather(tf.constant(data), "hvdkit.gather", process_set=process_set).numpy()
+    return [pickle.loads(part.tobytes()) for part in np.split(gathered, np.cumsum(lengths)[:-1])]
+
+
+def broadcast(array: np.ndarray) -> np.ndarray:
+    """The root's array of uint8 on every rank; there is one of its length on each."""
+    if not array.size:
+        return array
+    name, ranks = "hvdkit.broadcast", _job.process_set()
+    with watch.waiting("broadcast_state()"):
+        return hvd.broadcast(tf.constant(array), _job.root_rank(), name, process_set=ranks).numpy()
 
 
 def be_deterministic() -> None:
@@ -227,52 +242,59 @@ class GradientAverager(_reduction.Averager):
             groups: the places of those that are dense, by the type in which they travel.
             means: of all variables.
         """
-        groups = groups or {tf.float32: []}
-        self._set_up([variables[i].shape for indices in groups.values() for i in indices], self._wire, _EXTRA)
-        packed = [
-            tf.concat(
-                [tf.zeros([0], dtype)]
-                + [tf.reshape(tf.cast(_to_dense(gradients[i], variables[i]), dtype), [-1]) for i in indices],
-                0,
-            )
-            for dtype, indices in groups.items()
-        ]
-        sizes = {dtype: [int(np.prod(variables[i].shape)) for i in indices] for dtype, indices in groups.items()}
-        names = [getattr(variables[i], "path", variables[i].name) for indices in groups.values() for i in indices]
-        ends = np.cumsum([size for group in sizes.values() for size in group])
+        sizes = [int(np.prod(variable.shape)) for variable in variables]
+        large = math.inf if self._compression != "none" else _LARGE
+        arrays: list[tuple[tf.DType, list[int]]] = []
+        for dtype, places in (groups or {tf.float32: []}).items():
+            arrays.append((dtype, [i for i in places if sizes[i] < large]))  # small ones go together
+            arrays += [(dtype, [i]) for i in places if sizes[i] >= large]
+        order = [i for _, places in arrays for i in places]
+        self._set_up([variables[i].shape for i in order], self._wire, _EXTRA)
+        names = [getattr(variables[i], "path", variables[i].name) for i in order]
+        ends, compressor = np.cumsum([sizes[i] for i in order]), self._compressor
 
-        compressor = self._compressor
+        def add_up(*packed: np.ndarray) -> list[Any]:
+            return self._add_up(packed, names, ends, compressor)
 
-        def add_up(*arrays: np.ndarray) -> list[Any]:
-            return self._add_up(arrays, names, ends, compressor)
-
-        *sums, self._taken = tf.numpy_function(add_up, packed, [*groups, tf.bool])
+        packed = [_packed([_to_dense(gradients[i], variables[i]) for i in places], dtype) for dtype, places in arrays]
+        *sums, self._taken = tf.numpy_function(add_up, packed, [*(dtype for dtype, _ in arrays), tf.bool])
         self._taken.set_shape([])
-        for mean, (dtype, indices) in zip(sums, groups.items(), strict=True):
-            mean.set_shape([sum(sizes[dtype])])
-            for i, part in zip(indices, tf.split(mean, sizes[dtype]), strict=True):
+        for mean, (_, places) in zip(sums, arrays, strict=True):
+            own = [sizes[i] for i in places]
+            mean.set_shape([sum(own)])
+            for i, part in zip(places, tf.split(mean, own) if len(own) > 1 else [mean], strict=False):
                 means[i] = tf.cast(tf.reshape(part, variables[i].shape), variables[i].dtype)
 
     def _add_up(
-        self, arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarray, compressor: Compressor | None
+        self, packed: Sequence[np.ndarray], names: list[str], ends: np.ndarray, compressor: Compressor | None
     ) -> list[Any]:
-        """The arrays' means over all ranks, in new arrays, and whether the step may be taken."""
-        self._broken = _first_broken(arrays, names, ends) if exchange.guarded else ""
-        buffers = [_aligned(array.size + _EXTRA, array.dtype) for array in arrays]
+        """The arrays' means over all ranks, in new memory, and whether the step may be taken.
+
+        The numbers that travel beside them are the last ones of each type's buffer.
+        """
+        self._broken = _first_broken(packed, names, ends) if exchange.guarded else ""
         scale = 1 if compressor else 1 / self._wire.size
-        for array, buffer in zip(arrays, buffers, strict=True):
-            np.multiply(array, array.dtype.type(scale), out=buffer[:-_EXTRA])
-            buffer[-_EXTRA:] = exchange.flag, bool(self._broken)
+        means: list[Any] = [None] * len(packed)
+        heard = broken = 0.0
+        for dtype in dict.fromkeys(array.dtype for array in packed):
+            own = [i for i, array in enumerate(packed) if array.dtype == dtype]
+            begins = np.cumsum([0, *(_rounded_up(packed[i].size) for i in own[:-1])])
+            length = begins[-1] + packed[own[-1]].size
+            buffer = _aligned(length + _EXTRA, dtype)
+            for i, begin in zip(own, begins.tolist(), strict=True):
+                means[i] = buffer[begin : begin + packed[i].size]
+                np.multiply(packed[i], dtype.type(scale), out=means[i])
+            buffer[length:] = exchange.flag, bool(self._broken)
             with watch.waiting(self._name):
                 if compressor:
                     compressor.average(buffer, self._wire)
                 else:
                     self._wire.sum(buffer)
-        heard, broken = buffers[0][-_EXTRA:]
+            heard, broken = max(heard, buffer[-2]), max(broken, buffer[-1])
+            if compressor and exchange.guarded and not np.isfinite(buffer.sum()):
+                broken = max(broken, not np.isfinite(buffer).all())  # a mean that overflowed
         exchange.heard |= bool(heard > 0)
-        if compressor and exchange.guarded and not np.isfinite(buffers[0].sum()):
-            broken = not np.isfinite(buffers[0]).all()  # a mean that overflowed
-        return [*(buffer[:-_EXTRA] for buffer in buffers), np.bool_(broken == 0)]
+        return [*means, np.bool_(broken == 0)]
 
     def _kinds(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[int]:
         local = [_MISSING if g is None else _SPARSE if isinstance(g, tf.IndexedSlices) else _DENSE for g in gradients]
@@ -298,8 +320,12 @@ class GradientAverager(_reduction.Averager):
 
     def _agree(self, kinds: list[int]) -> list[int]:
         local, name = tf.constant(kinds, tf.int32), f"{self._name}.kinds"
+        ranks = _job.process_set()
+        wire = _job.mpi_wire(hvd, ranks)
         with watch.waiting(name):
-            return hvd.allreduce(local, op=hvd.Max, name=name, process_set=_job.process_set()).numpy().tolist()
+            if wire is not None:
+                return np.max(wire.gather(kinds), axis=0).tolist()
+            return hvd.allreduce(local, op=hvd.Max, name=name, process_set=ranks).numpy().tolist()
 
     def _wire_dtype(self, variable: Any) -> tf.DType:
         dtype = tf.as_dtype(variable.dtype)
@@ -382,6 +408,17 @@ def _first_broken(arrays: Sequence[np.ndarray], names: list[str], ends: np.ndarr
             return names[int(np.searchsorted(ends, begin + int(np.argmin(np.isfinite(array))), side="right"))]
         begin += array.size
     return ""
+
+
+def _packed(tensors: Sequence[tf.Tensor], dtype: tf.DType) -> tf.Tensor:
+    """The tensors' numbers, one after the other."""
+    flat = [tf.reshape(tf.cast(tensor, dtype), [-1]) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else tf.concat([tf.zeros([0], dtype), *flat], 0)
+
+
+def _rounded_up(elements: int) -> int:
+    """To where the next array is aligned too, whatever its type."""
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT
 
 
 def _aligned(elements: int, dtype: np.dtype) -> np.ndarray:

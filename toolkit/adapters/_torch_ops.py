@@ -36,6 +36,15 @@ def gather(value: Any, process_set: Any) -> list[Any]:
     return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(lengths.tolist())]
 
 
+def broadcast(array: np.ndarray) -> np.ndarray:
+    """The root's array of uint8 on every rank; there is one of its length on each."""
+    if not array.size:
+        return array
+    name, ranks = "hvdkit.broadcast", _job.process_set()
+    with watch.waiting("broadcast_state()"):
+        return hvd.broadcast(torch.tensor(array), _job.root_rank(), name, ranks).numpy()
+
+
 def be_deterministic() -> None:
     """Have every operation of torch give the same bits in every run."""
     torch.use_deterministic_algorithms(True)

@@ -57,7 +57,8 @@ def start(
         _ops.be_deterministic()
     if choices.threads:
         _ops.set_threads(choices.threads)
-    keras.utils.set_random_seed(seed)
+    _keras_state.seed(seed)
+    _ops.seed_random(seed)
     _shared.seed_python_and_numpy(seed)
     _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
@@ -99,7 +100,7 @@ def distribute(
 def broadcast_state(model: Any, optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.broadcast_state`."""
     _require_started()
-    _keras_state.broadcast_state(model, optimizer, hvd, _job.root_rank(), _job.process_set())
+    _keras_state.broadcast_state(model, optimizer, _ops.broadcast, hvd.rank() == _job.root_rank())
 
 
 def average(values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:

@@ -86,7 +86,7 @@ def distribute(
 def broadcast_state(model: Any, optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.broadcast_state`."""
     _job.require_started(hvd)
-    _keras_state.broadcast_state(model, optimizer, hvd, _job.root_rank(), _job.process_set())
+    _keras_state.broadcast_state(model, optimizer, _tensorflow_ops.broadcast, hvd.rank() == _job.root_rank())
 
 
 def average(values: Mapping[str, float | np.ndarray], weight: float = 1.0) -> dict[str, float | np.ndarray]:
