@@ -116,8 +116,8 @@ class Run:
         sharding: how samples are cut into batches and parts.
 
     Raises:
-        UsageError: the optimizer accumulates another number of passes than the options say, or `--folds` is given
-            to a script without `each_fold`; on entering: the output directory holds another run, or there is none
+        UsageError: the optimizer accumulates another number of passes or compresses otherwise than the options say, or
+            `--folds` is given to a script without `each_fold`; on entering: the output directory holds another run, or there is none
             to resume.
     """
 
@@ -139,6 +139,12 @@ class Run:
             raise UsageError(
                 f"--accumulation-steps is {options.accumulation_steps} and the optimizer accumulates {passes}: "
                 "pass accumulation_steps=options.accumulation_steps to distribute()."
+            )
+        compression = getattr(optimizer, "compression", options.compression)
+        if compression != options.compression:
+            raise UsageError(
+                f"--compression is {options.compression} and the optimizer's {compression}: "
+                "pass compression=options.compression to distribute()."
             )
         if options.folds is not None and options.fold is None:
             raise UsageError("--folds is given, and the script trains no folds: have it loop over each_fold().")

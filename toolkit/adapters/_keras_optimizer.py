@@ -82,6 +82,11 @@ class _Distributed:
         inner = getattr(self, "inner_optimizer", self)
         return getattr(inner, "gradient_accumulation_steps", None) or 1
 
+    @property
+    def compression(self) -> str:
+        """The `compression` of `distribute`."""
+        return self._average.compression
+
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Update the variables from the mean of all ranks' gradients."""
         grads = list(grads)

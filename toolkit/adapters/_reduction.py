@@ -59,7 +59,7 @@ class Averager:
     """
 
     def __init__(self, name: str, compression: str, reducer: str) -> None:
-        self._name, self._compression, self._reducer = name, compression, reducer
+        self._name, self.compression, self._reducer = name, compression, reducer
         self._shapes: tuple[tuple[int, ...], ...] | None = None
         self._compressor: Compressor | None = None  # None: not yet made, or there is none
         self._state: Mapping[str, np.ndarray] = {}  # for it, from a checkpoint
@@ -75,8 +75,8 @@ class Averager:
         first, self._shapes = self._shapes is None, key
         size = _job.process_set().size()
         plain = sent = compressors.make("none", shapes, extra).bytes_per_step(size)
-        if self._compression != "none":
-            self._compressor = compressors.make(self._compression, shapes, extra)
+        if self.compression != "none":
+            self._compressor = compressors.make(self.compression, shapes, extra)
             if first and self._state:
                 self._compressor.load_state(self._state)
             sent = self._compressor.bytes_per_step(size)

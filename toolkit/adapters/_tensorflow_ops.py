@@ -224,7 +224,7 @@ class GradientAverager(_reduction.Averager):
             return None
         if on_gpu and self._reducer == "mpi":
             raise UsageError('reducer="mpi" adds up in the memory of the host: use "horovod" for a GPU\'s.')
-        compressed = _HorovodWire(self._name, ranks) if self._compression != "none" else None
+        compressed = _HorovodWire(self._name, ranks) if self.compression != "none" else None
         if on_gpu or (_SPARSE in kinds and self._reducer == "auto"):  # whose rows Horovod gathers
             return compressed
         with watch.waiting(f"{self._name}.trial"):
@@ -243,7 +243,7 @@ class GradientAverager(_reduction.Averager):
             means: of all variables.
         """
         sizes = [int(np.prod(variable.shape)) for variable in variables]
-        large = math.inf if self._compression != "none" else _LARGE
+        large = math.inf if self.compression != "none" else _LARGE
         arrays: list[tuple[tf.DType, list[int]]] = []
         for dtype, places in (groups or {tf.float32: []}).items():
             arrays.append((dtype, [i for i in places if sizes[i] < large]))  # small ones go together
@@ -329,7 +329,7 @@ class GradientAverager(_reduction.Averager):
 
     def _wire_dtype(self, variable: Any) -> tf.DType:
         dtype = tf.as_dtype(variable.dtype)
-        if self._compression != "none":
+        if self.compression != "none":
             return tf.float32
         narrow = (tf.bfloat16,) if self._wire is None else (tf.bfloat16, tf.float16)
         return tf.float32 if dtype in narrow else dtype  # Horovod knows no bfloat16, and MPI no float16 either

@@ -104,7 +104,7 @@ class GradientAverager(_reduction.Averager):
     def _lay_out(self, parameters: list[torch.Tensor], sparse: Sequence[bool]) -> None:
         dense = [p for p, is_sparse in zip(parameters, sparse, strict=True) if not is_sparse]
         self._wire = self._choose(dense)
-        if self._compression != "none":
+        if self.compression != "none":
             self._wire = self._wire or _HorovodWire(self._name, _job.process_set())
         self._set_up([p.shape for p in dense], self._wire, len(parameters) + 2)
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}

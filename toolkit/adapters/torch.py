@@ -147,6 +147,11 @@ class _Distributed(torch.optim.Optimizer):
         """The `accumulation_steps` of `distribute`."""
         return self._accumulation_steps
 
+    @property
+    def compression(self) -> str:
+        """The `compression` of `distribute`."""
+        return self._averager.compression
+
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
