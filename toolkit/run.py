@@ -117,8 +117,8 @@ class Run:
 
     Raises:
         UsageError: the optimizer accumulates another number of passes or compresses otherwise than the options say, or
-            `--folds` is given to a script without `each_fold`; on entering: the output directory holds another run, or there is none
-            to resume.
+            `--folds` is given to a script without `each_fold`; on entering: the output directory holds another run, or
+            there is none to resume.
     """
 
     def __init__(

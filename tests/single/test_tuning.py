@@ -257,3 +257,32 @@ def test_what_is_tried_is_what_a_run_does_not_have_already(job, mpi, environ, ex
     assert {setting for setting, _ in tune.candidates(job, mpi, environ)} <= set(tune.SETTINGS)
     for name, value in (word.split("=") for word in found):
         assert re.fullmatch(tuned.ACCEPTED[name], value), "what is tried must be what the file may hold"
+
+
+def test_malloc_is_left_alone_where_the_environment_sets_it():
+    reasons = tuning.with_memory_kept(Choices(), {"MALLOC_ARENA_MAX": "2"}).reasons
+    assert reasons == ("malloc left alone: MALLOC_ARENA_MAX is set",)
+
+
+def test_a_freed_block_is_mapped_anew_but_where_malloc_keeps_it():
+    """In a process of its own, whose page faults a second large block tells apart."""
+    code = """
+import ctypes, resource
+from toolkit import tuning
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(2**26)
+    ctypes.memset(block, 1, 2**26)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+plain = faults()
+assert tuning.with_memory_kept(tuning.Choices(), {}).reasons
+faults()
+print(plain, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    plain, kept = map(int, done.stdout.split())
+    assert plain >= 16 and kept < plain / 8, (plain, kept)  # 16384 pages of 4 KB, or 32 of 2 MB
