@@ -250,11 +250,11 @@ def between(name: str, hosts: Sequence[Host], given: Mapping[str, Any], timeout:
     copying = (alone["seconds"] - alone["latency"]) / alone["bytes"]
     messages = [pair["message"] for pair in pairs if "message" in pair]
     extra = max(0.0, small - alone["latency"])
-    latency = min(statistics.median(messages), extra / 2) if messages else extra / 2
+    latency = statistics.median(messages) if messages else max(extra / 2, 1e-9)
     size = pairs[0]["bytes"]
     # Two workers send each other 2(p - 1)/p = 1 times the bytes.
     per_byte = max((statistics.median(p["seconds"] for p in pairs) - small) / size - copying, 1e-15)
-    return Between(Link(latency, per_byte, extra - 2 * latency), large, size)
+    return Between(Link(latency, per_byte, max(0.0, extra - 2 * latency)), large, size)
 
 
 def _probe(name: str, ranks: int, hosts: Sequence[Host], given: Mapping[str, Any], timeout: float) -> dict[str, Any]:
