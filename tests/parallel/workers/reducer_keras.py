@@ -13,10 +13,10 @@ if TENSORFLOW:
 
 
 class Weights(keras.Layer):
-    def __init__(self, shapes, dtypes):
+    def __init__(self, shapes, dtypes, begin):
         super().__init__()
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-            self.add_weight(shape=shape, dtype=dtype, initializer="zeros", name=f"w{i}")
+            self.add_weight(shape=shape, dtype=dtype, initializer=keras.initializers.Constant(begin), name=f"w{i}")
         self.built = True
 
 
@@ -34,8 +34,8 @@ class Rows:
 class Trial:
     """As in reducer_torch.py. On TensorFlow steps are graphs of `tf.function`, or with `eager` they are not."""
 
-    def __init__(self, shapes, dtypes=None, options=None, eager=False, **distribute):
-        self.model = Weights(shapes, dtypes or ["float32"] * len(shapes))
+    def __init__(self, shapes, dtypes=None, options=None, begin=0.0, eager=False, **distribute):
+        self.model = Weights(shapes, dtypes or ["float32"] * len(shapes), begin)
         optimizer = keras.optimizers.SGD(**{"learning_rate": 1.0, **(options or {})})
         self.optimizer = dp.distribute(optimizer, self.model, **distribute)
         self.graph = TENSORFLOW and not eager

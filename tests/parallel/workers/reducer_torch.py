@@ -7,11 +7,11 @@ import toolkit.adapters.torch as dp
 
 
 class Trial:
-    """Weights that begin as zeros under SGD of rate 1: after a step they are minus the mean gradient, to the bit."""
+    """Weights under SGD of rate 1: those that begin as zeros are minus the mean gradient after a step, to the bit."""
 
-    def __init__(self, shapes, dtypes=None, options=None, **distribute):
+    def __init__(self, shapes, dtypes=None, options=None, begin=0.0, **distribute):
         self.model = torch.nn.ParameterList(
-            torch.zeros(shape, dtype=getattr(torch, dtype))
+            torch.full(shape, begin, dtype=getattr(torch, dtype))
             for shape, dtype in zip(shapes, dtypes or ["float32"] * len(shapes), strict=True)
         )
         optimizer = torch.optim.SGD(self.model.parameters(), **{"lr": 1.0, **(options or {})})
