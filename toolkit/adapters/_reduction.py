@@ -123,6 +123,7 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
         check(reducer)
     if reducer == "horovod":
+        _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
         return None
     wire = _job.mpi_wire(hvd, _job.process_set())
     if wire is None and reducer == "mpi":

@@ -149,6 +149,7 @@ class GradientAverager(_reduction.Averager):
         self._agreed: dict[tuple[int, ...], tuple[list[int], list[Any]]] = {}
         self._places: dict[tuple[int, ...], tuple[int, list[Any]]] = {}  # of the variables' names among all
 
+    @tf.autograph.experimental.do_not_convert  # which is no graph's, and AutoGraph would warn of MPI's functions
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient (dense tensor, `tf.IndexedSlices` or None) over all ranks."""
         kinds = self._kinds(gradients, variables)

@@ -210,9 +210,13 @@ class _Buffer:
     def _allocate(self) -> None:
         self.tensor = torch.zeros(self._elements + self._extra, dtype=self._dtype, device=self._device)
         self.control = self.tensor[self._elements :]
-        parts = self.tensor[: self._elements].split([p.numel() for p in self._parameters])
-        self._views = [_shaped(part, p) for part, p in zip(parts, self._parameters, strict=True)]
+        self._views = self._cut()
         self._aliases = self._count_aliases()
+
+    def _cut(self) -> list[torch.Tensor]:
+        # In a function of its own: the parts must be gone where aliases are counted.
+        parts = self.tensor[: self._elements].split([p.numel() for p in self._parameters])
+        return [_shaped(part, p) for part, p in zip(parts, self._parameters, strict=True)]
 
     def _count_aliases(self) -> int:
         return torch._C._storage_Use_Count(self.tensor.untyped_storage()._cdata)
