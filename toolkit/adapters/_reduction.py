@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import statistics
 import time
@@ -72,6 +73,8 @@ class Averager:
         key = tuple(map(tuple, shapes))
         if key == self._shapes:
             return
+        if isinstance(wire, MpiWire):  # Horovod sees to it by itself
+            _check_alike(key, wire)
         first, self._shapes = self._shapes is None, key
         size = _job.process_set().size()
         plain = sent = compressors.make("none", shapes, extra).bytes_per_step(size)
@@ -97,6 +100,17 @@ class Averager:
         self._state = own
 
 
+def _check_alike(shapes: tuple[tuple[int, ...], ...], wire: MpiWire) -> None:
+    """Raise `UsageError`, on every rank, where the ranks' gradients are not of the same shapes."""
+    found = wire.gather(hashlib.blake2b(repr(shapes).encode(), digest_size=8).digest())
+    others = [rank for rank, digest in enumerate(found) if digest != found[0]]
+    if others:
+        raise UsageError(
+            f"the parameters of rank {others[0]} have other shapes, or another order, than rank 0's: build the same "
+            "model and optimizer on every rank."
+        )
+
+
 def without_compression(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What `Averager.state` has no part in."""
     return {name: array for name, array in state.items() if not name.startswith(_PREFIX)}
@@ -112,9 +126,8 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
         elements: the number of gradients.
 
     Returns:
-        The wire for MPI, or None for Horovod. "auto" takes the one that was faster when both were tried
-        with so many numbers, each with the cycle
-        of Horovod's that suits it; the same on all ranks.
+        The wire for MPI, or None for Horovod. "auto" takes the one that was faster when both were tried with so many
+        numbers, each with the cycle of Horovod's that suits it; the same on all ranks.
 
     Raises:
         UsageError: "mpi" without MPI.

@@ -114,7 +114,6 @@ class GradientAverager(_reduction.Averager):
                 places.setdefault((self._wire_dtype(p.dtype), device), []).append(i)
         if not places:
             places[torch.float32, parameters[0].device] = []
-        # Alike on all ranks, and so in a name: a rank with another model is told by Horovod, not mixed up.
         self._buffers = [
             _Buffer(dtype, device, found, parameters, len(parameters) + 2 if i == 0 else 0)
             for i, ((dtype, device), found) in enumerate(places.items())

@@ -211,6 +211,13 @@ def optimizers_that_take_turns_do_not_mix():
 
 
 @case
+def other_shapes_on_one_rank_are_refused_on_all():
+    shapes = SMALL[::-1] if WORLD.rank == 1 else SMALL
+    trial = Trial(shapes, reducer="mpi")
+    raises(lambda: trial.step(given(0, shapes)), "rank 1", "other shapes")
+
+
+@case
 def parameters_of_all_types():
     precision = {"float64": 1e-12, "float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
     kinds = [[dtype] * 3 for dtype in precision] + [
