@@ -30,6 +30,7 @@ def begin(arguments, directory):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's & may have changed
     )
 
 
