@@ -17,6 +17,7 @@ from toolkit.watching.member import ALL_GROUPS, LAST, SHARED, Member, Watch, dep
 from toolkit.watching.verdict import Verdict, leave
 
 _MOVING = "loading", "training at"  # how what a run does begins that is soon over
+_LEFT_BEHIND = 3.0  # seconds; what a worker that leaves has just ended, others may be about to end
 _FAREWELL = 0.5  # seconds between the failed worker's exit and the others', so that launchers name the first
 
 
@@ -31,6 +32,7 @@ class Hub(Watch):
         self._strangers: set[Line] = set()
         self._first_error = self._first_shared = 0.0
         self._ended_without_me: dict[str, Any] = {}
+        self._left_at = 0.0  # when the latest worker left
         self._gone: list[tuple[Member, str]] = []  # who ended without a word, and its verdict's cause
         self._asked = False
         self._warned_of_waits: set[int] = set()  # groups
@@ -119,7 +121,7 @@ class Hub(Watch):
             member.error = str(message.get("text"))
             self._first_error = self._first_error or now
         elif kind == "left":
-            member.left = str(message.get("how"))
+            member.left, self._left_at = str(message.get("how")), now
         elif kind == "ended":
             self._ended_without_me = message
         elif kind == "stack":
@@ -162,6 +164,7 @@ class Hub(Watch):
             return
         if self._first_shared:
             self._settle_shared(now)
+        self._look_for_left_behind(now)
         if self._first_error:
             self._settle_errors(now)
         elif self.timeout:
@@ -186,7 +189,7 @@ class Hub(Watch):
         present = [m for m in self.members if m.line is not None or m is self.me]
         missing = [m for m in present if not m.error]
         if left := [m for m in self.members if m.left]:
-            self._end(left[0].verdict(f"left early: it {left[0].left}{self._waited(left)}."), left[0])
+            self._end_left_early(left)
         elif missing and late < ANSWER + 1:
             if not self._asked:
                 self._asked = True
@@ -196,6 +199,19 @@ class Hub(Watch):
         else:
             first = next(m for m in self.members if m.error)
             self._end(first.verdict(f"Horovod ended on all ranks: {first.error}"), first)
+
+    def _look_for_left_behind(self, now: float) -> None:
+        """Who waits in an operation of MPI, which does not fail as Horovod's do, for one that has left."""
+        left = [m for m in self.members if m.left]
+        for member in self.members:
+            for other in left if member.waiting and not member.left else []:
+                together = other.group == member.group or member.waiting.endswith(ALL_GROUPS)
+                if together and now - max(member.waiting_since, self._left_at) > _LEFT_BEHIND:
+                    self._end_left_early(left)
+                    return
+
+    def _end_left_early(self, left: Sequence[Member]) -> None:
+        self._end(left[0].verdict(f"left early: it {left[0].left}{self._waited(left)}."), left[0])
 
     def _ask(self, members: Sequence[Member]) -> None:
         for member in members:
