@@ -140,10 +140,10 @@ class Run:
                 f"--accumulation-steps is {options.accumulation_steps} and the optimizer accumulates {passes}: "
                 "pass accumulation_steps=options.accumulation_steps to distribute()."
             )
-        compression = getattr(optimizer, "compression", options.compression)
-        if compression != options.compression:
+        self._compression = getattr(optimizer, "compression", options.compression)
+        if options.compression not in ("none", self._compression):
             raise UsageError(
-                f"--compression is {options.compression} and the optimizer's {compression}: "
+                f"--compression is {options.compression} and the optimizer's {self._compression}: "
                 "pass compression=options.compression to distribute()."
             )
         if options.folds is not None and options.fold is None:
@@ -780,6 +780,7 @@ class Run:
             "optimizer": type(self.optimizer).__name__,
             "extra_objects": sorted(self._extra),
             **{name: value for name, value in own.items() if isinstance(value, bool | int | float | str | None)},
+            "compression": self._compression,
         }
 
     def _manifest(self) -> dict[str, Any]:
