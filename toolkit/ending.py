@@ -56,11 +56,15 @@ class Notes:
 
         Args:
             code: the command's.
-            told: the signal that it was sent, if any: launchers may kill workers before these note anything.
+            told: the first signal that it was sent, if any: launchers may kill workers before these note anything, and
+                mpirun sends them SIGTERM, whatever it gets.
         """
         if code != HIDING:
             return code
-        return self.last() or (code if told is None else 128 + told)
+        last = self.last()
+        if told is not None and last in (None, 128 + signal.SIGTERM):
+            return 128 + told
+        return last or code
 
     def last(self) -> int | None:
         """What a worker that has just ended has noted."""

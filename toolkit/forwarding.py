@@ -20,7 +20,7 @@ class ForwardedSignals:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
         self._to_hand_on: list[int] = []
-        self.number: int | None = None  # of the last signal that has come
+        self.number: int | None = None  # of the first signal that has come
 
     def __enter__(self) -> ForwardedSignals:
         kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -60,7 +60,7 @@ class ForwardedSignals:
         return 128 - code if code < 0 else code
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self.number = self.number or number
         self._to_hand_on.append(number)
         self._send()
 
