@@ -1,9 +1,10 @@
-"""Each rank tells how it was tuned, and how many seconds 5 all-reduces one after the other took it."""
+"""Each rank tells how it was tuned, and how many seconds 5 all-reduces of Horovod one after the other took it."""
 
 import json
 import os
 import time
 
+import horovod.torch as hvd
 import torch
 
 import toolkit.adapters.torch as dp
@@ -12,10 +13,10 @@ from toolkit.options import RunOptions, parse
 
 options = parse(RunOptions, __doc__)
 world = dp.start(**options.start)
-dp.average({"x": 1.0})
+hvd.allreduce(torch.ones(1), name="x")
 began = time.monotonic()
 for _ in range(5):
-    dp.average({"x": 1.0})
+    hvd.allreduce(torch.ones(1), name="x")
 found = {
     "environment": {name: os.environ[name] for name in tuned.ACCEPTED if name in os.environ},
     "threads": torch.get_num_threads(),
