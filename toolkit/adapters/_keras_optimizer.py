@@ -59,9 +59,14 @@ def plain_class(optimizer: Any) -> Any:
     return kind.__mro__[2] if issubclass(kind, _Distributed) else kind  # itself, _Distributed, the plain one
 
 
+def is_distributed(optimizer: Any) -> bool:
+    """Whether `distribute` has seen this optimizer."""
+    return isinstance(optimizer, _Distributed)
+
+
 def require_distributed(model: Any) -> None:
     """Raise `UsageError` where the model would train with an optimizer that `distribute` has not seen."""
-    if not isinstance(model.optimizer, _Distributed):
+    if not is_distributed(model.optimizer):
         raise UsageError(
             f"the model is compiled with a plain {type(model.optimizer).__name__}, which trains each rank on its own: "
             "optimizer = distribute(optimizer, model), then compile(optimizer=optimizer), also after load_model()."

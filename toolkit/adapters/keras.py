@@ -148,7 +148,7 @@ def export_local(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     Keras' random layers and `tf.random.Generator.from_…` are among it; what TensorFlow's operations with a
     hidden state draw (`tf.random.normal`, `tf.image.random_flip…`) is not: use the `stateless_` ones.
     """
-    kept = {} if optimizer is None else optimizer._average.state()
+    kept = optimizer._average.state() if _keras_optimizer.is_distributed(optimizer) else {}
     return {**_keras_state.export_local(model), **_ops.export_random(), **kept}
 
 
@@ -157,7 +157,7 @@ def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = N
     _shared.check_state_fits(_reduction.without_compression(state), export_local(model))
     _keras_state.import_local(model, state)
     _ops.import_random(state)
-    if optimizer is not None:
+    if _keras_optimizer.is_distributed(optimizer):
         optimizer._average.load_state(state)
 
 

@@ -335,14 +335,14 @@ def seed_local(model: Any, seed: int, rank: int) -> None:
 
 def export_local(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_local`; `torch.Generator` objects of one's own are not among it."""
-    kept = {} if optimizer is None else optimizer._averager.state()
+    kept = optimizer._averager.state() if isinstance(optimizer, _Distributed) else {}
     return {**_torch_state.export_local(model), **kept}
 
 
 def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.import_local`."""
     _torch_state.import_local(model, _reduction.without_compression(state))
-    if optimizer is not None:
+    if isinstance(optimizer, _Distributed):
         optimizer._averager.load_state(state)
 
 
