@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from toolkit import compression as compressors
-from toolkit.adapters import _job
+from toolkit.adapters import _job, _shared
 from toolkit.adapters._mpi import MpiWire
 from toolkit.compression import Compressor
 from toolkit.errors import UsageError
-from toolkit.options import REDUCERS
 
 _PREFIX = "compression/"
 _ROUNDS = 5  # of the measurement behind "auto"
@@ -56,7 +55,7 @@ class Averager:
     Args:
         name: names the collective operations, alike on all ranks, and is used for nothing else.
         compression: see `toolkit.compression.make`.
-        reducer: one of `REDUCERS`.
+        reducer: one of `toolkit.options.REDUCERS`.
     """
 
     def __init__(self, name: str, compression: str, reducer: str) -> None:
@@ -120,7 +119,7 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
     """Decide who adds up an optimizer's gradients; all ranks of a group call it together.
 
     Args:
-        reducer: one of `REDUCERS`; for "auto" the environment's HVDKIT_REDUCER counts, if it is set.
+        reducer: one of `toolkit.options.REDUCERS`; for "auto" the environment's HVDKIT_REDUCER counts, if it is set.
         hvd: `horovod.torch` or `horovod.tensorflow`.
         by_horovod: replaces a float32 vector by its sum over all ranks, through Horovod.
         elements: the number of gradients.
@@ -134,7 +133,7 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
     """
     if reducer == "auto":
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
-        check(reducer)
+        _shared.check_reducer(reducer)
     if reducer == "horovod":
         _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
         return None
@@ -173,9 +172,3 @@ def _seconds(add_up: Callable[[np.ndarray], None], numbers: np.ndarray) -> float
         add_up(numbers)
         took.append(time.perf_counter() - began)
     return statistics.median(took[1:])
-
-
-def check(reducer: str) -> None:
-    """Raise `UsageError` for a reducer that there is not."""
-    if reducer not in REDUCERS:
-        raise UsageError(f"the reducer is {reducer!r}: give one of {', '.join(REDUCERS)}.")

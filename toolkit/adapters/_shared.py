@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from toolkit import compression as compressors
-from toolkit.adapters import _reduction
 from toolkit.errors import UsageError
+from toolkit.options import REDUCERS
 
 
 def seed_python_and_numpy(seed: int) -> None:
@@ -54,7 +54,13 @@ def check_distribute_options(accumulation_steps: int, clip_norm: float | None, c
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
         raise UsageError(f"clip_norm is {clip_norm!r}: give a positive number, or None for no clipping.")
     compressors.make(compression, [])
-    _reduction.check(reducer)
+    check_reducer(reducer)
+
+
+def check_reducer(reducer: str) -> None:
+    """Raise `UsageError` for a reducer that there is not."""
+    if reducer not in REDUCERS:
+        raise UsageError(f"the reducer is {reducer!r}: give one of {', '.join(REDUCERS)}.")
 
 
 def weighted_average(
