@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from toolkit import ending, sharding, world
+from toolkit.devices import DEVICES
 from toolkit.world import World
 
 REDUCERS = ("auto", "horovod", "mpi")
@@ -92,6 +93,8 @@ class RunOptions:
     stall_timeout: float = option(
         300.0, "seconds after which a worker that the others wait for ends the job; 0: never", minimum=0
     )
+    device: str = option("auto", "what to compute on; auto: a GPU for each worker where there are any", choices=DEVICES)
+    share_gpus: bool = option(False, "let workers share a GPU where a host has more workers than GPUs")
     no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
     verbose: bool = option(False, "print the chosen settings with their reasons")
 
@@ -109,6 +112,8 @@ class RunOptions:
             "deterministic": self.deterministic,
             "groups": self.fold_groups,
             "stall_timeout": self.stall_timeout,
+            "device": self.device,
+            "share_gpus": self.share_gpus,
         }
 
     @property

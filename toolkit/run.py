@@ -50,6 +50,8 @@ _FREE_OPTIONS = [
     "reducer",
     "deterministic",
     "stall_timeout",
+    "device",
+    "share_gpus",
     "no_tuning",
     "verbose",
 ]

@@ -37,6 +37,8 @@ class World:
         group: this worker's group, 0 … groups − 1, where the job trains several models at the same
             time; then rank and size are those within the group.
         groups: number of groups; 1 without them.
+        device: what this worker computes on, in its framework's words: "cpu", "cuda:0" (torch, Keras on it) or "GPU:0"
+            (TensorFlow, Keras on it).
     """
 
     rank: int = 0
@@ -47,6 +49,7 @@ class World:
     cross_size: int = 1
     group: int = 0
     groups: int = 1
+    device: str = "cpu"
 
     @property
     def name(self) -> str:

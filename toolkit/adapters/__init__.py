@@ -27,6 +27,8 @@ class Adapter(Protocol):
         deterministic: bool = False,
         groups: int = 1,
         stall_timeout: float = 300.0,
+        device: str = "auto",
+        share_gpus: bool = False,
     ) -> World:
         """Tune this process, start Horovod, seed the framework; also without any launcher (size 1).
 
@@ -47,10 +49,13 @@ class Adapter(Protocol):
             stall_timeout: seconds after which a worker that does not come to what the others wait in, or gives
                 no sign of life, ends the job and is named (see `toolkit.watch`); 0: never. Also given to
                 Horovod's stall inspector, where the environment does not set it.
+            device: "cpu"; "gpu": this worker's own among the GPUs of its host, by local rank; "auto": that, or the CPU
+                where no worker sees a GPU. `World.device` names it.
+            share_gpus: let workers share a GPU, where a host has more workers than GPUs.
 
         Raises:
             UsageError: the framework can't be used as it is set up (such as Keras on the jax backend),
-                or there are fewer workers than groups.
+                there are fewer workers than groups, no GPU where one is asked for, or more workers than GPUs.
         """
 
     def stop(self) -> None:

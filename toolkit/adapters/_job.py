@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 from horovod.common.process_sets import ProcessSet, global_process_set
 
-from toolkit import connections, elastic, tuned, tuning, watch, world
+from toolkit import connections, devices, elastic, tuned, tuning, watch, world
 from toolkit.adapters import _mpi
 from toolkit.adapters._mpi import MpiWire
 from toolkit.errors import UsageError
@@ -27,6 +28,7 @@ from toolkit.world import World
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
 _explains = False
+_reduces_on_gpu = False
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
 
 
@@ -116,6 +118,42 @@ def explain(lines: str) -> None:
     """Print what was decided, where `start` was told to be verbose."""
     if _explains:
         print(lines, flush=True)
+
+
+def choose_device(hvd: Any, here: World, asked: str, share: bool, framework: Any) -> World:
+    """Take this worker's GPU, or the CPU, and look that all workers together can; all ranks call it together.
+
+    Args:
+        hvd: `horovod.torch` or `horovod.tensorflow`, started.
+        here: this worker.
+        asked: one of `toolkit.devices.DEVICES`.
+        share: whether workers may share a GPU.
+        framework: a module with `visible_gpus`, `use_gpu`, `use_cpu` and `gather`.
+
+    Returns:
+        `here`, with its device.
+
+    Raises:
+        UsageError: see `toolkit.devices`.
+    """
+    global _reduces_on_gpu
+    number = devices.choose(asked, here, framework.visible_gpus())
+    place = devices.Place(here.name, socket.gethostname(), "" if number is None else devices.uuid(number))
+    places = framework.gather(place, process_set(everyone=True)) if hvd.size() > 1 and asked != "cpu" else [place]
+    own = devices.check(places, share)
+    if number is None:
+        framework.use_cpu()
+        return here
+    _reduces_on_gpu = own and bool(hvd.nccl_built())
+    if hvd.size() > 1 and not _reduces_on_gpu and hvd.rank() == 0:
+        why = "Horovod was built without NCCL: `make setup GPU=1`" if own else "workers share a GPU, which NCCL refuses"
+        print(f"gradients go through the host's memory: {why}", file=sys.stderr, flush=True)
+    return replace(here, device=framework.use_gpu(number))
+
+
+def reduces_on_gpu() -> bool:
+    """Whether Horovod adds up what is in a GPU's memory there, by NCCL; else it goes through the host's."""
+    return _reduces_on_gpu
 
 
 def mpi_wire(hvd: Any, ranks: ProcessSet) -> MpiWire | None:

@@ -17,6 +17,9 @@ from toolkit.adapters._torch_ops import (
     gather,
     import_random,
     seed_random,
+    use_cpu,
+    use_gpu,
+    visible_gpus,
 )
 
 __all__ = [
@@ -30,6 +33,9 @@ __all__ = [
     "import_random",
     "seed_random",
     "set_threads",
+    "use_cpu",
+    "use_gpu",
+    "visible_gpus",
 ]
 
 

@@ -69,6 +69,30 @@ def broadcast(array: np.ndarray) -> np.ndarray:
         return hvd.broadcast(tf.constant(array), _job.root_rank(), name, process_set=ranks).numpy()
 
 
+def visible_gpus() -> int:
+    """GPUs that TensorFlow sees."""
+    return len(tf.config.list_physical_devices("GPU"))
+
+
+def use_gpu(number: int) -> str:
+    """Have TensorFlow see this GPU alone, and take of its memory what it needs; returns its name."""
+    gpu = tf.config.list_physical_devices("GPU")[number]
+    try:
+        tf.config.set_visible_devices(gpu, "GPU")
+        tf.config.experimental.set_memory_growth(gpu, True)
+    except RuntimeError:
+        raise UsageError(
+            "TensorFlow ran an operation before start(), which was to choose its GPU: call it first."
+        ) from None
+    return "GPU:0"
+
+
+def use_cpu() -> None:
+    """Have TensorFlow see no GPU."""
+    if visible_gpus():
+        tf.config.set_visible_devices([], "GPU")
+
+
 def be_deterministic() -> None:
     """Have every operation of TensorFlow give the same bits in every run."""
     tf.config.experimental.enable_op_determinism()

@@ -45,6 +45,21 @@ def broadcast(array: np.ndarray) -> np.ndarray:
         return hvd.broadcast(torch.tensor(array), _job.root_rank(), name, ranks).numpy()
 
 
+def visible_gpus() -> int:
+    """GPUs that torch sees."""
+    return torch.cuda.device_count()
+
+
+def use_gpu(number: int) -> str:
+    """Make this GPU the one that new tensors on "cuda", and Horovod, take; returns its name."""
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+def use_cpu() -> None:
+    """Compute on the CPU: torch does, unless told otherwise."""
+
+
 def be_deterministic() -> None:
     """Have every operation of torch give the same bits in every run."""
     torch.use_deterministic_algorithms(True)

@@ -29,6 +29,8 @@ def start(
     deterministic: bool = False,
     groups: int = 1,
     stall_timeout: float = 300.0,
+    device: str = "auto",
+    share_gpus: bool = False,
 ) -> World:
     """See `toolkit.adapters.Adapter.start`; comes before TensorFlow's first operation, which fixes its threads."""
     _job.end_job_on_exception(World())
@@ -45,6 +47,7 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
+    here = _job.choose_device(hvd, here, device, share_gpus, _tensorflow_ops)
     if deterministic:
         _tensorflow_ops.be_deterministic()
     if choices.threads:

@@ -27,6 +27,8 @@ def start(
     deterministic: bool = False,
     groups: int = 1,
     stall_timeout: float = 300.0,
+    device: str = "auto",
+    share_gpus: bool = False,
 ) -> World:
     """See `toolkit.adapters.Adapter.start`."""
     here, choices = _job.start_horovod(
@@ -37,6 +39,7 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
+    here = _job.choose_device(hvd, here, device, share_gpus, _torch_ops)
     if deterministic:
         _torch_ops.be_deterministic()
     if choices.threads:
