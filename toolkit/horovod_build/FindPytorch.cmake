@@ -1,12 +1,21 @@
 # Stands before Horovod's module of the same name (CMAKE_MODULE_PATH) and sets the same variables,
-# for the CPU part of torch alone. Horovod's own one asks for the CUDA toolkit as soon as torch was
-# built with CUDA, as PyPI's is, and an nvcc is found; and fails then if the toolkit doesn't suit.
+# for the CPU part of torch alone unless GPU operations are built. Horovod's own one asks for the CUDA
+# toolkit as soon as torch was built with CUDA, as PyPI's is, and an nvcc is found; and fails then if
+# the toolkit doesn't suit.
+
+if("$ENV{HOROVOD_GPU_OPERATIONS}" STREQUAL "")
+  set(Pytorch_CUDA FALSE)
+  set(_Pytorch_EXTENSION "CppExtension")
+else()
+  set(Pytorch_CUDA TRUE)
+  set(_Pytorch_EXTENSION "CUDAExtension")
+endif()
 
 execute_process(
   COMMAND "${PY_EXE}" -c "
 import torch
-from torch.utils.cpp_extension import CppExtension
-extension = CppExtension('', [])
+from torch.utils.cpp_extension import ${_Pytorch_EXTENSION}
+extension = ${_Pytorch_EXTENSION}('', [])
 def cmake_set(name, *values):
     print(f'set({name} [==[' + ';'.join(values) + ']==])')
 cmake_set('Pytorch_VERSION', torch.__version__)
@@ -26,7 +35,6 @@ if(NOT PYTORCH_FOUND)
   return()
 endif()
 
-set(Pytorch_CUDA FALSE)
 set(Pytorch_ROCM FALSE)
 if(Pytorch_CXX11)
   set(Pytorch_COMPILE_FLAGS "-D_GLIBCXX_USE_CXX11_ABI=1")

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from . import build, check, ingredients, logged, wheel_cache
+from . import build, check, cuda, ingredients, logged, wheel_cache
+from .cuda import Cuda
 from .environment import prepare_environment
 from .errors import BuildError
 from .ingredients import FRAMEWORKS, Mpi
@@ -24,6 +25,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m toolkit.horovod_build", description=__doc__)
     parser.add_argument("--frameworks", help="torch,tensorflow or one of them; default: those installed")
     parser.add_argument("--mpi", choices=("pypi", "system"), default="pypi", help="whose MPI; system: mpicxx on PATH")
+    parser.add_argument("--gpu", action="store_true", help="build the operations on GPUs too, with CUDA and NCCL")
+    parser.add_argument("--gpu-arch", metavar="90", help="compute capabilities to build for; default: of the GPUs here")
     parser.add_argument("--force", action="store_true", help="build anew, whatever is installed or cached")
     parser.add_argument("--check-tools", action="store_true", help="only check for compilers, make and headers")
     parser.add_argument("--log", type=Path, default=Path(sys.prefix) / "horovod-build.log", help="the full log's file")
@@ -109,7 +112,28 @@ def _built_here(name: str) -> bool:
         return False
 
 
-def build_wheels(key: str, parts: dict[str, str], frameworks: dict[str, str], mpi: Mpi, log: Path) -> list[Path]:
+def prepare_cuda(frameworks: dict[str, str], architectures: str | None, log: Path) -> Cuda:
+    """Return what to build GPU operations with, after installing PyPI's compiler where this machine has none.
+
+    Raises:
+        BuildError: something is missing or does not suit, or pip failed.
+    """
+    home = cuda.find_toolkit(cuda.agreed_version(frameworks))
+    needed = [] if home else ingredients.missing(ingredients.pins("nvcc"))
+    if needed:
+        with stage("installing", " ".join(needed)):
+            advice = "Check that pip reaches its package index, or load a CUDA toolkit (often `module load cuda`)."
+            logged.run_logged(logged.pip("install", *needed), log, "Installing CUDA's compiler", advice)
+    found = cuda.find_cuda(frameworks, home, architectures)
+    print(
+        f"{'with':<13}nvcc {found.version} in {found.home} for {', '.join(found.architectures)}; NCCL {found.nccl.version}"
+    )
+    return found
+
+
+def build_wheels(
+    key: str, parts: dict[str, str], frameworks: dict[str, str], mpi: Mpi, gpu: Cuda | None, log: Path
+) -> list[Path]:
     """Download, build and store the wheels of the cache entry `key`, and return their paths.
 
     Raises:
@@ -133,7 +157,7 @@ def build_wheels(key: str, parts: dict[str, str], frameworks: dict[str, str], mp
                 wheels.append(build.compile_mpi4py(folder, mpi, log))
         jobs = build.parallel_jobs()
         with stage("building", f"Horovod for {' and '.join(frameworks)}, some minutes on {jobs} cores; log {log} …"):
-            wheels.append(build.compile_horovod(source, folder, frameworks, mpi, log, show_percent))
+            wheels.append(build.compile_horovod(source, folder, frameworks, mpi, gpu, log, show_percent))
         return wheel_cache.store(key, parts, wheels)
 
 
@@ -156,7 +180,10 @@ def main(arguments: list[str]) -> None:
     frameworks = ingredients.choose_frameworks(options.frameworks)
     install_requirements(options.mpi, options.log)
     mpi = site_mpi or ingredients.pypi_mpi()
-    parts = ingredients.describe(frameworks, mpi, compiler) | {"recipe": wheel_cache.recipe_hash()}
+    gpu = prepare_cuda(frameworks, options.gpu_arch, options.log) if options.gpu else None
+    parts = ingredients.describe(frameworks, mpi, compiler) | {"recipe": wheel_cache.recipe_hash(gpu is not None)}
+    if gpu:
+        parts |= cuda.describe(gpu, frameworks)
     key = wheel_cache.cache_key(parts)
     before = read_stamp()
     if before == parts and not options.force:
@@ -171,12 +198,12 @@ def main(arguments: list[str]) -> None:
     if wheels:
         print(f"found        {wheels[-1]}")
     else:
-        wheels = build_wheels(key, parts, frameworks, mpi, options.log)
+        wheels = build_wheels(key, parts, frameworks, mpi, gpu, options.log)
     install(wheels, options.log)
     prepare_environment(mpi.flavour)
     for library in ("mpi4py", *frameworks):
         with stage("all-reducing", f"on {check.RANKS} ranks in {library}"):
-            check.run_check(library, mpi, options.log)
+            check.run_check(library, mpi, options.log, nccl=gpu is not None and library != "mpi4py")
     write_stamp(key, parts)
 
 

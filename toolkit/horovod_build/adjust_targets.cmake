@@ -2,14 +2,17 @@
 # Horovod 0.28.1 builds against today's frameworks. One line of its source is corrected, in the
 # copy that is built here.
 
-# A CPU build, whatever CUDA toolkit this machine has or lacks. Defined but false skips
-# Horovod's search for a CUDA compiler.
-set(CMAKE_CUDA_COMPILER "CMAKE_CUDA_COMPILER-NOTFOUND")
-set(CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit ON)
+if("$ENV{HOROVOD_GPU_OPERATIONS}" STREQUAL "")
+  # A CPU build, whatever CUDA toolkit this machine has or lacks. Defined but false skips
+  # Horovod's search for a CUDA compiler.
+  set(CMAKE_CUDA_COMPILER "CMAKE_CUDA_COMPILER-NOTFOUND")
+  set(CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit ON)
+endif()
 
 # Horovod asks for RelWithDebInfo; without debug information the wheel is a tenth of the size.
 set(CMAKE_C_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
 set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
+set(CMAKE_CUDA_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
 
 # With Gloo, Horovod's stall inspector looks at no rank: the list of ranks is filled, and its length
 # stays 0. A rank that doesn't come to a compiled step's all-reduce would be waited for without end.
@@ -32,6 +35,11 @@ function(hvdkit_adjust_targets)
       set_target_properties(${target} PROPERTIES CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON)
     endif()
   endforeach()
+  foreach(target horovod_cuda_kernels compatible_horovod_cuda_kernels)
+    if(TARGET ${target})
+      set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)
+    endif()
+  endforeach()
 
   # Serves only HOROVOD_ENABLE_XLA_OPS and needs headers that TensorFlow no longer ships.
   if(TARGET tensorflow)
@@ -40,11 +48,11 @@ function(hvdkit_adjust_targets)
     set_target_properties(tensorflow PROPERTIES SOURCES "${sources}")
   endif()
 
-  # Where the built libraries look for libmpi, instead of the paths of the building environment.
+  # Where the built libraries look for libmpi, and for NCCL, instead of the paths of the building environment.
   foreach(target pytorch tensorflow)
     if(TARGET ${target})
       set_target_properties(${target} PROPERTIES
-        BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ENV{HVDKIT_MPI_RPATH}")
+        BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ENV{HVDKIT_RPATH}")
     endif()
   endforeach()
 endfunction()

@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from .cuda import Cuda, assemble
 from .ingredients import FRAMEWORKS, Mpi, pinned_version
 from .logged import pip, run_logged
 
@@ -38,6 +39,7 @@ def compile_horovod(
     folder: Path,
     frameworks: Mapping[str, str],
     mpi: Mpi,
+    cuda: Cuda | None,
     log: Path,
     on_percent: Callable[[int], None],
 ) -> Path:
@@ -48,6 +50,7 @@ def compile_horovod(
         folder: An existing directory that takes the wheel and the generated CMake wrapper.
         frameworks: The frameworks to build for, by name.
         mpi: The MPI to build against.
+        cuda: What to build GPU operations with; None: the build is for CPUs.
         log: The file that takes all output.
         on_percent: Called with the build's progress, 0 to 100.
 
@@ -60,6 +63,8 @@ def compile_horovod(
             on_percent(int(progress[1]))
 
     environment = build_environment(frameworks, mpi)
+    if cuda:
+        environment |= gpu_environment(folder, cuda, environment)
     environment["HOROVOD_CMAKE"] = str(write_cmake_wrapper(folder, mpi))
     run_logged(
         pip(
@@ -137,7 +142,7 @@ def build_environment(frameworks: Mapping[str, str], mpi: Mpi | None) -> dict[st
         "HOROVOD_WITHOUT_NVTX": "1",
         "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
         "MAKEFLAGS": f"-j{parallel_jobs()}",
-        "HVDKIT_MPI_RPATH": mpi.rpath if mpi else "",
+        "HVDKIT_RPATH": mpi.rpath if mpi else "",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CXX": environment.get("CXX", "g++"),
         "CC": environment.get("CC", "gcc"),
@@ -145,6 +150,27 @@ def build_environment(frameworks: Mapping[str, str], mpi: Mpi | None) -> dict[st
     for name, variable in zip(FRAMEWORKS, ("PYTORCH", "TENSORFLOW"), strict=True):
         environment[f"HOROVOD_{'WITH' if name in frameworks else 'WITHOUT'}_{variable}"] = "1"
     return environment
+
+
+def gpu_environment(folder: Path, cuda: Cuda, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a build with GPU operations adds to the `environment` of one for CPUs.
+
+    Args:
+        folder: An existing directory that takes the toolkit and NCCL as CMake expects them.
+        cuda: What to build with.
+        environment: The build's environment so far.
+    """
+    toolkit, nccl = assemble(folder, cuda)
+    return {
+        "HOROVOD_GPU_OPERATIONS": "NCCL",
+        "HOROVOD_NCCL_LINK": "SHARED",
+        "HOROVOD_NCCL_HOME": str(nccl),
+        "HOROVOD_CUDA_HOME": str(toolkit),
+        "HOROVOD_BUILD_CUDA_CC_LIST": ",".join(cuda.architectures),
+        "CUDA_HOME": str(toolkit),
+        "PATH": f"{toolkit / 'bin'}:{environment['PATH']}",
+        "HVDKIT_RPATH": f"{environment['HVDKIT_RPATH']}:{cuda.rpath}",
+    }
 
 
 def parallel_jobs() -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from .errors import BuildError
@@ -46,13 +47,21 @@ def all_reduce(name: str) -> list[float]:
     return result
 
 
-def run_check(name: str, mpi: Mpi, log: Path) -> None:
+def run_check(name: str, mpi: Mpi, log: Path, nccl: bool = False) -> None:
     """All-reduce on 2 ranks in the library `name` and compare with the sum known beforehand.
+
+    Args:
+        name: torch, tensorflow or mpi4py.
+        mpi: The MPI whose mpirun starts the ranks.
+        log: The file that takes all output.
+        nccl: Whether Horovod must have NCCL's operations.
 
     Raises:
         BuildError: the ranks failed, gave another sum or did not end in time.
     """
     command = [str(mpi.bin / "mpirun"), "-np", str(RANKS), sys.executable, "-m", __name__, name]
+    if nccl:
+        command.append("nccl")
     process = subprocess.Popen(
         command,
         env=launch_environment(),
@@ -92,13 +101,15 @@ def launch_environment() -> dict[str, str]:
     }
 
 
-def main(name: str) -> None:
-    """All-reduce as one of the ranks and end with exit code 1 if the sum is wrong."""
+def main(name: str, nccl: bool = False) -> None:
+    """All-reduce as one of the ranks and end with exit code 1 if the sum is wrong, or NCCL wanted and not there."""
     result = all_reduce(name)
+    if nccl and not import_module(f"horovod.{name}").nccl_built():
+        sys.exit(f"ERROR: the Horovod that {name} loads was built without NCCL")
     expected = [value * sum(range(1, RANKS + 1)) for value in (1.0, 10.0)]
     if result != expected:
         sys.exit(f"ERROR: the sum over {RANKS} ranks in {name} is {result}, expected {expected}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], nccl=sys.argv[2:] == ["nccl"])

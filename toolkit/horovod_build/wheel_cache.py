@@ -25,11 +25,11 @@ def cache_directory() -> Path:
     return root.absolute() / "wheels"
 
 
-def recipe_hash() -> str:
-    """Return a hash of the files that decide how Horovod is compiled."""
+def recipe_hash(gpu: bool = False) -> str:
+    """Return a hash of the files that decide how Horovod is compiled, for GPUs too or for CPUs alone."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.cmake"), here / "build.py"]):
+    for path in sorted([*here.glob("*.cmake"), here / "build.py", *([here / "cuda.py"] if gpu else [])]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,278 @@
+"""What Horovod's operations on GPUs are built with: nvcc, NCCL and architectures, found without importing a framework."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+from .errors import BuildError
+
+#: The file of each framework that names the CUDA it was built for, and how it does.
+_CUDA_OF = {
+    "torch": ("version.py", r"^cuda\b[^=\n]*=\s*'([\d.]+)'"),
+    "tensorflow": ("python/platform/build_info.py", r"'cuda_version', '([\d.]+)'"),
+}
+
+#: What each framework is called in advice to install it with CUDA.
+_INSTALL = {"torch": "torch==={version}", "tensorflow": "'tensorflow[and-cuda]=={version}'"}
+
+#: The first CUDA whose compiler is on PyPI.
+PYPI_SINCE = 13
+
+
+@dataclass(frozen=True)
+class Nccl:
+    """An NCCL: its `version`, header and library."""
+
+    version: str
+    header: Path
+    library: Path
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What to build GPU operations with.
+
+    `home` is the CUDA toolkit's directory, `version` its compiler's, `architectures` the compute capabilities without a
+    dot, `rpath` where Horovod's libraries are told to look for NCCL and the CUDA runtime, separated by colons.
+    """
+
+    home: Path
+    version: str
+    architectures: tuple[str, ...]
+    nccl: Nccl
+    rpath: str
+
+
+def built_for(framework: str) -> str | None:
+    """Return the version of CUDA that the installed `framework` was built for, such as "13.0"; None: a CPU build."""
+    spec = util.find_spec(framework)
+    if spec is None or spec.origin is None:
+        return None
+    file, pattern = _CUDA_OF[framework]
+    try:
+        found = re.search(pattern, (Path(spec.origin).parent / file).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def agreed_version(frameworks: dict[str, str]) -> str:
+    """Return the version of CUDA that all of `frameworks` were built for: the lowest of one major version.
+
+    Raises:
+        BuildError: one is a CPU build, or two are for different major versions.
+    """
+    versions = {}
+    for name, text in frameworks.items():
+        version = built_for(name)
+        if version is None:
+            wanted = _INSTALL[name].format(version=text.split()[-1].partition("+")[0])
+            raise BuildError(
+                f"{text} is installed and was built without CUDA, which a build for GPUs needs: "
+                f"run `{sysconfig.get_path('scripts')}/pip install {wanted}`, or build for CPUs with GPU=0."
+            )
+        versions[text] = version
+    if len({version.partition(".")[0] for version in versions.values()}) > 1:
+        raise BuildError(
+            " and ".join(f"{text} is for CUDA {version}" for text, version in versions.items())
+            + ", and one Horovod serves one of them: set up an environment for each, as "
+            "`make setup GPU=1 FRAMEWORKS=torch VENV=.venv-torch`."
+        )
+    return min(versions.values(), key=_numbers)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split("."))
+
+
+def nvcc_version(home: Path) -> str | None:
+    """Return the version of the compiler in the CUDA toolkit at `home`, such as "13.0.88"; None: there is none."""
+    found = re.search(r"release [\d.]+, V([\d.]+)", _output([str(home / "bin" / "nvcc"), "--version"]))
+    return found[1] if found else None
+
+
+def _homes() -> list[Path]:
+    """The CUDA toolkits of this machine, the preferred first; what CUDA_HOME names alone where it is set."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return [Path(named)]
+    homes = []
+    on_path = shutil.which("nvcc")
+    # It may be a link or a script: nvcc itself knows.
+    top = (
+        re.search(r"^#\$ TOP=(.*)$", _output([on_path, "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE)
+        if on_path
+        else None
+    )
+    if top:
+        homes.append(Path(top[1]).resolve())
+    return [*homes, Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+
+
+def find_toolkit(version: str) -> Path | None:
+    """Return the directory of a CUDA toolkit of the same major version as `version`; None: take PyPI's.
+
+    Raises:
+        BuildError: there is none, and PyPI has none of that version.
+    """
+    major = version.partition(".")[0]
+    found = {}
+    for home in _homes():
+        compiler = nvcc_version(home)
+        if compiler and compiler.partition(".")[0] == major:
+            return home
+        if compiler:
+            found[str(home)] = compiler
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if int(major) >= PYPI_SINCE and not named:
+        return None
+    seen = ", ".join(f"nvcc {compiler} in {home}" for home, compiler in found.items())
+    where = f"in {named}, which CUDA_HOME names" if named else "on the PATH and in /usr/local"
+    raise BuildError(
+        f"The framework is for CUDA {version}, and {where} there is {seen or 'no nvcc'}: load a CUDA {major} toolkit "
+        f"(a cluster: `module load cuda/{major}`) or name its directory in CUDA_HOME."
+    )
+
+
+def choose_architectures(wanted: str | None, home: Path) -> tuple[str, ...]:
+    """Return the compute capabilities to build for: those `wanted`, or of this machine's GPUs, or else all of nvcc's.
+
+    Args:
+        wanted: such as "80,90"; None or "" looks at the GPUs here.
+        home: the CUDA toolkit's directory.
+
+    Raises:
+        BuildError: nvcc does not compile for one.
+    """
+    known = re.findall(r"sm_(\d+)$", _output([str(home / "bin" / "nvcc"), "--list-gpu-code"]), re.MULTILINE)
+    queried = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    chosen = re.split(r"[\s,]+", wanted.strip()) if wanted else re.findall(r"\d+\.\d+", queried)
+    architectures = tuple(sorted({one.replace(".", "") for one in chosen}, key=lambda one: (len(one), one)))
+    for one in architectures:
+        if one not in known:
+            said = f"GPU_ARCH={wanted}" if wanted else f"A GPU here has compute capability {one}"
+            raise BuildError(
+                f"{said}: nvcc {nvcc_version(home)} compiles for {', '.join(known)}; "
+                "name those of your GPUs in GPU_ARCH, as 90 for an H100, or take another CUDA toolkit."
+            )
+    return architectures or tuple(known)
+
+
+def _wheels() -> list[Path]:
+    """The directories into which NVIDIA's wheels were installed, site-packages/nvidia."""
+    spec = util.find_spec("nvidia")
+    return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+
+
+def _library_path(folder: Path) -> str:
+    """How Horovod's libraries name `folder`: relative to themselves where both are in this environment."""
+    site_packages = Path(sysconfig.get_path("purelib"))
+    # Up from site-packages/horovod/<framework>/.
+    return f"$ORIGIN/../../{folder.relative_to(site_packages)}" if folder.is_relative_to(site_packages) else str(folder)
+
+
+def find_nccl(major: str) -> Nccl:
+    """Return the NCCL to build with: what NCCL_HOME names, or the wheel in this environment, or the site's.
+
+    A process holds one libnccl.so.2, so that the wheel, which the framework loads, comes before the site's.
+
+    Raises:
+        BuildError: there is none.
+    """
+    named = os.environ.get("NCCL_HOME")
+    wheels = [folder / "nccl" for folder in _wheels()]
+    for root in [Path(named)] if named else [*wheels, *_homes(), Path("/usr"), Path("/usr/local")]:
+        header = root / "include" / "nccl.h"
+        libraries = [
+            folder / "libnccl.so.2" for folder in (root / "lib", root / "lib64", *root.glob("lib/*-linux-gnu"))
+        ]
+        library = next((path for path in libraries if path.exists()), None)
+        if library and header.is_file():
+            numbers = re.findall(r"^#define NCCL_(?:MAJOR|MINOR|PATCH) +(\d+)", header.read_text(), re.MULTILINE)
+            return Nccl(".".join(numbers), header, library)
+    raise BuildError(
+        f"NCCL's include/nccl.h and lib/libnccl.so.2 are not in {named or 'this environment nor in /usr'}: "
+        f"run `{sysconfig.get_path('scripts')}/pip install nvidia-nccl-cu{major}`, or name its directory in NCCL_HOME."
+    )
+
+
+def runtime_directory(major: str, home: Path) -> Path:
+    """Return the directory of the CUDA runtime's library: the framework's wheel's, else the toolkit's at `home`."""
+    for folder in _wheels():
+        for inside in (f"cu{major}/lib", "cuda_runtime/lib"):
+            if (folder / inside / f"libcudart.so.{major}").exists():
+                return folder / inside
+    return next((home / name for name in ("lib64", "lib") if (home / name).is_dir()), home / "lib64")
+
+
+def find_cuda(frameworks: dict[str, str], home: Path | None, architectures: str | None) -> Cuda:
+    """Return what to build GPU operations with for `frameworks`, which agree on a version of CUDA.
+
+    Args:
+        frameworks: the frameworks to build for, by name.
+        home: the CUDA toolkit; None: that from PyPI in this environment.
+        architectures: those asked for, such as "80,90"; None: of the GPUs here.
+
+    Raises:
+        BuildError: something is missing or does not suit.
+    """
+    major = agreed_version(frameworks).partition(".")[0]
+    home = home or Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{major}"
+    nccl = find_nccl(major)
+    chosen = choose_architectures(architectures, home)
+    folders = (nccl.library.parent, runtime_directory(major, home))
+    return Cuda(home, nvcc_version(home) or "", chosen, nccl, ":".join(map(_library_path, folders)))
+
+
+def assemble(folder: Path, cuda: Cuda) -> tuple[Path, Path]:
+    """Make directories in `folder` that look to CMake as a CUDA toolkit and an NCCL are expected to.
+
+    PyPI's wheels have neither lib64/ nor the names without a version that a linker looks for.
+
+    Returns:
+        The two, for HOROVOD_CUDA_HOME and HOROVOD_NCCL_HOME.
+    """
+    toolkit, nccl = folder / "cuda", folder / "nccl"
+    for path in cuda.home.iterdir():
+        if path.name not in ("lib", "lib64"):
+            _link(path, toolkit / path.name)
+    runtime = runtime_directory(cuda.version.partition(".")[0], cuda.home)
+    for source in (runtime, cuda.home / "lib", cuda.home / "lib64"):
+        for path in source.glob("libcuda*"):
+            _link(path, toolkit / "lib64" / path.name)
+            _link(path, toolkit / "lib64" / re.sub(r"\.so\.\d.*", ".so", path.name))
+    _link(cuda.nccl.header.parent, nccl / "include")
+    for name in ("libnccl.so", "libnccl.so.2"):
+        _link(cuda.nccl.library, nccl / "lib" / name)
+    return toolkit, nccl
+
+
+def _link(target: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(target)
+
+
+def describe(cuda: Cuda, frameworks: dict[str, str]) -> dict[str, str]:
+    """Return everything that a wheel's GPU operations depend on, as short texts by name."""
+    return {
+        "cuda": f"nvcc {cuda.version} for {', '.join(cuda.architectures)}, frameworks for CUDA {agreed_version(frameworks)}",
+        "nccl": f"NCCL {cuda.nccl.version}",
+        "gpu library path": cuda.rpath,
+    }
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    # `nvcc --dryrun` speaks on standard error.
+    return done.stdout + done.stderr if done.returncode == 0 else ""
