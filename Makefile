@@ -8,6 +8,8 @@ PYTHON ?= python3
 -include $(VENV)/choice.mk
 FRAMEWORKS ?= torch,tensorflow,keras
 MPI ?= pypi
+GPU ?= 0
+GPU_ARCH ?=
 
 RECIPE ?= cnn
 NP ?= 2
@@ -32,6 +34,18 @@ ifneq ($(filter setup train test test-all test-hosts fuzz lint proof bench plan-
     $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
   $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
   $(call refuse_unless,MPI,pypi system,pypi (Open MPI from PyPI) or system (the mpicxx on the PATH))
+  $(call refuse_unless,GPU,0 1,0 (CPUs) or 1 (GPUs too$(comma) with CUDA and NCCL))
+  ifneq ($(GPU_ARCH),)
+    ifneq ($(shell [[ "$(GPU_ARCH)" =~ ^[1-9][0-9]{1,2}(,[1-9][0-9]{1,2})*$$ ]] && echo numbers),numbers)
+      $(error GPU_ARCH=$(GPU_ARCH): give compute capabilities without the dot, as 90 or 80$(comma)90)
+    endif
+  endif
+  ifeq ($(GPU),1)
+    $(if $(word 2,$(buildable)),$(error GPU=1 FRAMEWORKS=$(FRAMEWORKS): PyPI has torch for CUDA 13 and TensorFlow for \
+      CUDA 12$(comma) and one Horovod serves one: choose torch or tensorflow$(comma) each in a VENV of its own))
+  else
+    $(if $(filter command,$(origin GPU_ARCH)),$(if $(GPU_ARCH),$(error GPU_ARCH=$(GPU_ARCH) is for GPUs: give GPU=1 too)))
+  endif
 endif
 ifneq ($(filter train,$(MAKECMDGOALS)),)
   $(call refuse_unless,RECIPE,cnn linear_regression,cnn or linear_regression)
@@ -67,6 +81,7 @@ help:
 	@echo '             ARGS=tests/single/test_hostfile.py: one'
 	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
 	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
+	@echo '             GPU=1 FRAMEWORKS=torch (or tensorflow): with CUDA and NCCL; GPU_ARCH=80,90: for GPUs that this host lacks'
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
 	@echo 'make bench   the speed beside that of its peers, and what checkpoints, checks and --deterministic cost: an hour;'
 	@echo '             BENCH=speed|exactness: one of the two; ARGS="--only torch:cnn:2" or --short: less, written nowhere'
@@ -75,12 +90,16 @@ help:
 	@echo 'make fetched  what tests use that this machine may lack, sshd and Slurm, unpacked in a cache; make test does it'
 	@echo 'make lint    ruff and mypy'
 
-extras := $(subst $(space),$(comma),$(strip $(wanted) recipes test horovod-build $(if $(filter pypi,$(MPI)),mpi)))
-stamp := $(VENV)/hvdkit-setup-$(subst $(space),-,$(sort $(wanted)))-$(MPI)
+# TensorFlow's build for GPUs is a package of its own; PyPI's torch is one.
+packages := $(if $(filter 1,$(GPU)),$(patsubst tensorflow,tensorflow-gpu,$(wanted)),$(wanted))
+extras := $(subst $(space),$(comma),$(strip $(packages) recipes test horovod-build $(if $(filter pypi,$(MPI)),mpi)))
+gpu_name := $(if $(filter 1,$(GPU)),-gpu$(if $(GPU_ARCH),-$(subst $(comma),-,$(GPU_ARCH))))
+gpu_flags := $(if $(filter 1,$(GPU)), --gpu$(if $(GPU_ARCH), --gpu-arch $(GPU_ARCH)))
+stamp := $(VENV)/hvdkit-setup-$(subst $(space),-,$(sort $(wanted)))-$(MPI)$(gpu_name)
 log := $(VENV)/setup.log
 
 setup: $(stamp)
-	$(if $(filter setup,$(MAKECMDGOALS)),@echo 'set up in $(VENV): $(FRAMEWORKS); MPI=$(MPI)',@:)
+	$(if $(filter setup,$(MAKECMDGOALS)),@echo 'set up in $(VENV): $(FRAMEWORKS); MPI=$(MPI)$(if $(filter 1,$(GPU)),; GPU=1)',@:)
 
 $(stamp): pyproject.toml $(wildcard toolkit/horovod_build/*.py toolkit/horovod_build/*.cmake)
 	@command -v $(PYTHON) > /dev/null || { echo "PYTHON=$(PYTHON) is not found: name a Python 3.10 or newer"; exit 1; }
@@ -92,8 +111,8 @@ $(stamp): pyproject.toml $(wildcard toolkit/horovod_build/*.py toolkit/horovod_b
 	@printf 'installing   $(FRAMEWORKS) and the toolkit from PyPI; log $(log)'
 	@$(VENV)/bin/python -m pip install --editable '.[$(extras)]' > $(log) 2>&1 && echo ' ✓' \
 	  || { echo ' failed:'; $(PYTHON) -m toolkit.horovod_build.logged $(log); exit 1; }
-	@$(VENV)/bin/python -m toolkit.horovod_build --frameworks $(subst $(space),$(comma),$(buildable)) --mpi $(MPI)
-	@printf 'FRAMEWORKS ?= $(FRAMEWORKS)\nMPI ?= $(MPI)\n' > $(VENV)/choice.mk
+	@$(VENV)/bin/python -m toolkit.horovod_build --frameworks $(subst $(space),$(comma),$(buildable)) --mpi $(MPI)$(gpu_flags)
+	@printf 'FRAMEWORKS ?= $(FRAMEWORKS)\nMPI ?= $(MPI)\nGPU ?= $(GPU)\nGPU_ARCH ?= $(GPU_ARCH)\n' > $(VENV)/choice.mk
 	@touch $@
 
 # Keras takes TensorFlow unless told otherwise.

@@ -112,7 +112,7 @@ def _built_here(name: str) -> bool:
         return False
 
 
-def prepare_cuda(frameworks: dict[str, str], architectures: str | None, log: Path) -> Cuda:
+def prepare_cuda(frameworks: dict[str, str], wanted: str | None, log: Path) -> Cuda:
     """Return what to build GPU operations with, after installing PyPI's compiler where this machine has none.
 
     Raises:
@@ -124,10 +124,9 @@ def prepare_cuda(frameworks: dict[str, str], architectures: str | None, log: Pat
         with stage("installing", " ".join(needed)):
             advice = "Check that pip reaches its package index, or load a CUDA toolkit (often `module load cuda`)."
             logged.run_logged(logged.pip("install", *needed), log, "Installing CUDA's compiler", advice)
-    found = cuda.find_cuda(frameworks, home, architectures)
-    print(
-        f"{'with':<13}nvcc {found.version} in {found.home} for {', '.join(found.architectures)}; NCCL {found.nccl.version}"
-    )
+    found = cuda.find_cuda(frameworks, home, wanted)
+    architectures = ", ".join(found.architectures)
+    print(f"{'with':<13}nvcc {found.version} in {found.home} for {architectures}; NCCL {found.nccl.version}")
     return found
 
 

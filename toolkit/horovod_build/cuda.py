@@ -1,4 +1,4 @@
-"""What Horovod's operations on GPUs are built with: nvcc, NCCL and architectures, found without importing a framework."""
+"""What Horovod's operations on GPUs are built with: CUDA, NCCL and architectures, found without a framework loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from importlib import util
 from pathlib import Path
 
 from .errors import BuildError
+from .ingredients import FRAMEWORKS, installed_version
 
 #: The file of each framework that names the CUDA it was built for, and how it does.
 _CUDA_OF = {
@@ -19,11 +20,14 @@ _CUDA_OF = {
     "tensorflow": ("python/platform/build_info.py", r"'cuda_version', '([\d.]+)'"),
 }
 
-#: What each framework is called in advice to install it with CUDA.
-_INSTALL = {"torch": "torch==={version}", "tensorflow": "'tensorflow[and-cuda]=={version}'"}
+#: What pip is asked for to have each framework with CUDA. Of torch one version is many builds, and `==` takes any.
+_WITH_CUDA = {"torch": "torch==={version}", "tensorflow": "'tensorflow[and-cuda]=={version}'"}
 
 #: The first CUDA whose compiler is on PyPI.
 PYPI_SINCE = 13
+
+#: Where NVIDIA's installers put a CUDA toolkit.
+SITE = Path("/usr/local")
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,19 @@ class Cuda:
     rpath: str
 
 
+def directory(package: str) -> Path | None:
+    """Return the directory of the importable `package`, or None; nothing is imported."""
+    spec = util.find_spec(package)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]) if places else None
+
+
 def built_for(framework: str) -> str | None:
     """Return the version of CUDA that the installed `framework` was built for, such as "13.0"; None: a CPU build."""
-    spec = util.find_spec(framework)
-    if spec is None or spec.origin is None:
-        return None
+    folder = directory(framework)
     file, pattern = _CUDA_OF[framework]
     try:
-        found = re.search(pattern, (Path(spec.origin).parent / file).read_text(), re.MULTILINE)
+        found = re.search(pattern, (folder / file).read_text(), re.MULTILINE) if folder else None
     except OSError:
         return None
     return found[1] if found else None
@@ -67,23 +76,29 @@ def agreed_version(frameworks: dict[str, str]) -> str:
     """Return the version of CUDA that all of `frameworks` were built for: the lowest of one major version.
 
     Raises:
-        BuildError: one is a CPU build, or two are for different major versions.
+        BuildError: one is a CPU build, or installed twice, or two are for different major versions.
     """
+    pip = f"{sysconfig.get_path('scripts')}/pip"
     versions = {}
     for name, text in frameworks.items():
+        packages = [package for package in FRAMEWORKS[name] if installed_version(package)]
+        if len(packages) > 1:
+            raise BuildError(
+                f"{' and '.join(packages)} are both installed and overwrite each other's files: "
+                f"run `{pip} uninstall -y {' '.join(packages)}`, then the same command again."
+            )
         version = built_for(name)
         if version is None:
-            wanted = _INSTALL[name].format(version=text.split()[-1].partition("+")[0])
+            wanted = _WITH_CUDA[name].format(version=text.split()[-1].partition("+")[0])
             raise BuildError(
-                f"{text} is installed and was built without CUDA, which a build for GPUs needs: "
-                f"run `{sysconfig.get_path('scripts')}/pip install {wanted}`, or build for CPUs with GPU=0."
+                f"{text} was built without CUDA, which a build for GPUs needs: run `{pip} uninstall -y "
+                f"{' '.join(packages)} && {pip} install {wanted}`, then the same command again, or build with GPU=0."
             )
         versions[text] = version
     if len({version.partition(".")[0] for version in versions.values()}) > 1:
         raise BuildError(
-            " and ".join(f"{text} is for CUDA {version}" for text, version in versions.items())
-            + ", and one Horovod serves one of them: set up an environment for each, as "
-            "`make setup GPU=1 FRAMEWORKS=torch VENV=.venv-torch`."
+            f"{' and '.join(f'{text} is for CUDA {version}' for text, version in versions.items())}, and one Horovod "
+            "serves one: set up an environment for each, such as `make setup GPU=1 FRAMEWORKS=torch VENV=.venv-torch`."
         )
     return min(versions.values(), key=_numbers)
 
@@ -98,46 +113,38 @@ def nvcc_version(home: Path) -> str | None:
     return found[1] if found else None
 
 
+def _named_home() -> str | None:
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+
+
 def _homes() -> list[Path]:
-    """The CUDA toolkits of this machine, the preferred first; what CUDA_HOME names alone where it is set."""
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if named:
+    """The directories where this machine may have a CUDA toolkit, the preferred first; where named, that alone."""
+    if named := _named_home():
         return [Path(named)]
-    homes = []
-    on_path = shutil.which("nvcc")
-    # It may be a link or a script: nvcc itself knows.
-    top = (
-        re.search(r"^#\$ TOP=(.*)$", _output([on_path, "--dryrun", "-x", "cu", os.devnull]), re.MULTILINE)
-        if on_path
-        else None
-    )
-    if top:
-        homes.append(Path(top[1]).resolve())
-    return [*homes, Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    said = _output([shutil.which("nvcc") or "", "--dryrun", "-x", "cu", os.devnull])
+    # The nvcc on the PATH may be a link or a script; it knows itself where it is.
+    tops = [Path(top).resolve() for top in re.findall(r"^#\$ TOP=(.*)$", said, re.MULTILINE)]
+    return [*tops, SITE / "cuda", *sorted(SITE.glob("cuda-*"), reverse=True)]
 
 
 def find_toolkit(version: str) -> Path | None:
     """Return the directory of a CUDA toolkit of the same major version as `version`; None: take PyPI's.
 
     Raises:
-        BuildError: there is none, and PyPI has none of that version.
+        BuildError: there is none, and PyPI has none of that version or another was named.
     """
     major = version.partition(".")[0]
-    found = {}
-    for home in _homes():
-        compiler = nvcc_version(home)
+    found = {home: nvcc_version(home) for home in _homes()}
+    for home, compiler in found.items():
         if compiler and compiler.partition(".")[0] == major:
             return home
-        if compiler:
-            found[str(home)] = compiler
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = _named_home()
     if int(major) >= PYPI_SINCE and not named:
         return None
-    seen = ", ".join(f"nvcc {compiler} in {home}" for home, compiler in found.items())
-    where = f"in {named}, which CUDA_HOME names" if named else "on the PATH and in /usr/local"
+    seen = ", ".join(f"nvcc {compiler} in {home}" for home, compiler in found.items() if compiler)
     raise BuildError(
-        f"The framework is for CUDA {version}, and {where} there is {seen or 'no nvcc'}: load a CUDA {major} toolkit "
-        f"(a cluster: `module load cuda/{major}`) or name its directory in CUDA_HOME."
+        f"The framework is for CUDA {version}, and found was {seen or f'no nvcc in {named or SITE} nor on the PATH'}: "
+        f"load a CUDA {major} toolkit (a cluster: `module load cuda/{major}`), or name its directory in CUDA_HOME."
     )
 
 
@@ -166,7 +173,7 @@ def choose_architectures(wanted: str | None, home: Path) -> tuple[str, ...]:
 
 
 def _wheels() -> list[Path]:
-    """The directories into which NVIDIA's wheels were installed, site-packages/nvidia."""
+    """The directories into which NVIDIA's wheels are installed, site-packages/nvidia."""
     spec = util.find_spec("nvidia")
     return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
 
@@ -188,7 +195,7 @@ def find_nccl(major: str) -> Nccl:
     """
     named = os.environ.get("NCCL_HOME")
     wheels = [folder / "nccl" for folder in _wheels()]
-    for root in [Path(named)] if named else [*wheels, *_homes(), Path("/usr"), Path("/usr/local")]:
+    for root in [Path(named)] if named else [*wheels, *_homes(), Path("/usr"), SITE]:
         header = root / "include" / "nccl.h"
         libraries = [
             folder / "libnccl.so.2" for folder in (root / "lib", root / "lib64", *root.glob("lib/*-linux-gnu"))
@@ -241,8 +248,11 @@ def assemble(folder: Path, cuda: Cuda) -> tuple[Path, Path]:
     """
     toolkit, nccl = folder / "cuda", folder / "nccl"
     for path in cuda.home.iterdir():
-        if path.name not in ("lib", "lib64"):
+        if path.name not in ("bin", "lib", "lib64"):
             _link(path, toolkit / path.name)
+    # nvcc looks for the rest from bin/.., which a link would lead out of here.
+    for path in (cuda.home / "bin").iterdir():
+        _link(path, toolkit / "bin" / path.name)
     runtime = runtime_directory(cuda.version.partition(".")[0], cuda.home)
     for source in (runtime, cuda.home / "lib", cuda.home / "lib64"):
         for path in source.glob("libcuda*"):
@@ -263,7 +273,7 @@ def _link(target: Path, link: Path) -> None:
 def describe(cuda: Cuda, frameworks: dict[str, str]) -> dict[str, str]:
     """Return everything that a wheel's GPU operations depend on, as short texts by name."""
     return {
-        "cuda": f"nvcc {cuda.version} for {', '.join(cuda.architectures)}, frameworks for CUDA {agreed_version(frameworks)}",
+        "cuda": f"{agreed_version(frameworks)}, by nvcc {cuda.version} for {', '.join(cuda.architectures)}",
         "nccl": f"NCCL {cuda.nccl.version}",
         "gpu library path": cuda.rpath,
     }
