@@ -118,15 +118,14 @@ def prepare_cuda(frameworks: dict[str, str], wanted: str | None, log: Path) -> C
     Raises:
         BuildError: something is missing or does not suit, or pip failed.
     """
-    home = cuda.find_toolkit(cuda.agreed_version(frameworks))
+    home = cuda.find_toolkit(frameworks)
     needed = [] if home else ingredients.missing(ingredients.pins("nvcc"))
     if needed:
         with stage("installing", " ".join(needed)):
             advice = "Check that pip reaches its package index, or load a CUDA toolkit (often `module load cuda`)."
             logged.run_logged(logged.pip("install", *needed), log, "Installing CUDA's compiler", advice)
     found = cuda.find_cuda(frameworks, home, wanted)
-    architectures = ", ".join(found.architectures)
-    print(f"{'with':<13}nvcc {found.version} in {found.home} for {architectures}; NCCL {found.nccl.version}")
+    print(f"{'with':<13}{found}")
     return found
 
 

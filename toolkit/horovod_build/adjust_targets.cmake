@@ -26,6 +26,8 @@ if(NOT corrected STREQUAL source)
   file(WRITE "${file}" "${corrected}")
 endif()
 
+set(HVDKIT_HERE "${CMAKE_CURRENT_LIST_DIR}")
+
 # Waits until Horovod has defined its targets.
 function(hvdkit_adjust_targets)
   # Torch and TensorFlow headers are C++17, and a C++14 gloo then fails to link
@@ -45,6 +47,9 @@ function(hvdkit_adjust_targets)
   if(TARGET tensorflow)
     get_target_property(sources tensorflow SOURCES)
     list(FILTER sources EXCLUDE REGEX "xla_mpi_ops\\.cc$")
+    if(NOT "$ENV{HOROVOD_GPU_OPERATIONS}" STREQUAL "")
+      list(APPEND sources "${HVDKIT_HERE}/tensorflow_stream.cc")
+    endif()
     set_target_properties(tensorflow PROPERTIES SOURCES "${sources}")
   endif()
 

@@ -23,8 +23,8 @@ _CUDA_OF = {
 #: What pip is asked for to have each framework with CUDA. Of torch one version is many builds, and `==` takes any.
 _WITH_CUDA = {"torch": "torch==={version}", "tensorflow": "'tensorflow[and-cuda]=={version}'"}
 
-#: The first CUDA whose compiler is on PyPI.
-PYPI_SINCE = 13
+#: The CUDA whose compiler the extra `nvcc` of this distribution brings; PyPI has none before 13.
+PYPI_MAJOR = 13
 
 #: Where NVIDIA's installers put a CUDA toolkit.
 SITE = Path("/usr/local")
@@ -52,6 +52,10 @@ class Cuda:
     architectures: tuple[str, ...]
     nccl: Nccl
     rpath: str
+
+    def __str__(self) -> str:
+        architectures = ", ".join(self.architectures)
+        return f"nvcc {self.version} in {self.home} for {architectures}; NCCL {self.nccl.version}"
 
 
 def directory(package: str) -> Path | None:
@@ -127,24 +131,33 @@ def _homes() -> list[Path]:
     return [*tops, SITE / "cuda", *sorted(SITE.glob("cuda-*"), reverse=True)]
 
 
-def find_toolkit(version: str) -> Path | None:
-    """Return the directory of a CUDA toolkit of the same major version as `version`; None: take PyPI's.
+def find_toolkit(frameworks: dict[str, str]) -> Path | None:
+    """Return the directory of the CUDA toolkit to build with for `frameworks`; None: take PyPI's.
+
+    It is of the frameworks' own major version. Without torch, whose headers and CUDA runtime Horovod shares, a newer
+    one does too, if the driver is for that: Horovod's libraries for TensorFlow hold a CUDA runtime of their own.
 
     Raises:
-        BuildError: there is none, and PyPI has none of that version or another was named.
+        BuildError: there is none, and PyPI's does not suit.
     """
-    major = version.partition(".")[0]
-    found = {home: nvcc_version(home) for home in _homes()}
-    for home, compiler in found.items():
-        if compiler and compiler.partition(".")[0] == major:
-            return home
-    named = _named_home()
-    if int(major) >= PYPI_SINCE and not named:
+    version = agreed_version(frameworks)
+    major = _numbers(version)[0]
+    driver = re.search(r"CUDA Version: ([\d.]+)", _output(["nvidia-smi"]))
+    newest = major if "torch" in frameworks else _numbers(driver[1])[0] if driver else PYPI_MAJOR
+    found = {home.resolve(): nvcc_version(home) for home in _homes()}
+    suitable = {
+        home: _numbers(text)[0] for home, text in found.items() if text and major <= _numbers(text)[0] <= newest
+    }
+    if suitable:
+        return min(suitable, key=lambda home: suitable[home])
+    if major <= PYPI_MAJOR <= newest and not _named_home():
         return None
-    seen = ", ".join(f"nvcc {compiler} in {home}" for home, compiler in found.items() if compiler)
+    seen = [f"nvcc {text} in {home}" for home, text in found.items() if text]
+    seen += [f"a driver for CUDA {driver[1]}"] if driver else []
     raise BuildError(
-        f"The framework is for CUDA {version}, and found was {seen or f'no nvcc in {named or SITE} nor on the PATH'}: "
-        f"load a CUDA {major} toolkit (a cluster: `module load cuda/{major}`), or name its directory in CUDA_HOME."
+        f"{' and '.join(frameworks.values())} is for CUDA {version}, and found was "
+        f"{', '.join(seen) or f'no nvcc in {_named_home() or SITE} nor on the PATH'}: load a CUDA {major} toolkit "
+        f"(a cluster: `module load cuda/{major}`), or name its directory in CUDA_HOME."
     )
 
 
@@ -219,23 +232,25 @@ def runtime_directory(major: str, home: Path) -> Path:
     return next((home / name for name in ("lib64", "lib") if (home / name).is_dir()), home / "lib64")
 
 
-def find_cuda(frameworks: dict[str, str], home: Path | None, architectures: str | None) -> Cuda:
+def find_cuda(frameworks: dict[str, str], home: Path | None, wanted: str | None) -> Cuda:
     """Return what to build GPU operations with for `frameworks`, which agree on a version of CUDA.
 
     Args:
         frameworks: the frameworks to build for, by name.
         home: the CUDA toolkit; None: that from PyPI in this environment.
-        architectures: those asked for, such as "80,90"; None: of the GPUs here.
+        wanted: the architectures, such as "80,90"; None: those of the GPUs here.
 
     Raises:
         BuildError: something is missing or does not suit.
     """
-    major = agreed_version(frameworks).partition(".")[0]
-    home = home or Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{major}"
-    nccl = find_nccl(major)
-    chosen = choose_architectures(architectures, home)
-    folders = (nccl.library.parent, runtime_directory(major, home))
-    return Cuda(home, nvcc_version(home) or "", chosen, nccl, ":".join(map(_library_path, folders)))
+    home = home or Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{PYPI_MAJOR}"
+    version = nvcc_version(home)
+    if version is None:
+        raise BuildError(f"{home / 'bin' / 'nvcc'} does not run: install it again, or name a toolkit in CUDA_HOME.")
+    nccl = find_nccl(agreed_version(frameworks).partition(".")[0])
+    folders = (nccl.library.parent, runtime_directory(version.partition(".")[0], home))
+    architectures = choose_architectures(wanted, home)
+    return Cuda(home, version, architectures, nccl, ":".join(map(_library_path, folders)))
 
 
 def assemble(folder: Path, cuda: Cuda) -> tuple[Path, Path]:
