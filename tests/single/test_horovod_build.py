@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from toolkit.horovod_build import __main__ as command
-from toolkit.horovod_build import build, check, ingredients, logged, wheel_cache
+from toolkit.horovod_build import build, check, cuda, ingredients, logged, wheel_cache
+from toolkit.horovod_build.cuda import Cuda, Nccl
 from toolkit.horovod_build.environment import put_block
 from toolkit.horovod_build.errors import BuildError
 from toolkit.horovod_build.ingredients import Mpi
@@ -133,6 +134,11 @@ def test_recipe_hash_follows_the_files_that_decide(tmp_path, monkeypatch):
         (here / name).write_text((here / name).read_text() + "# changed\n")
         assert wheel_cache.recipe_hash() != before
         before = wheel_cache.recipe_hash()
+    for name in ("cuda.py", "tensorflow_stream.cc"):
+        before_gpu = wheel_cache.recipe_hash(gpu=True)
+        (here / name).write_text((here / name).read_text() + "// changed\n")
+        assert wheel_cache.recipe_hash(gpu=True) != before_gpu
+        assert wheel_cache.recipe_hash() == before
 
 
 @pytest.fixture
@@ -278,7 +284,7 @@ def test_users_horovod_and_make_settings_do_not_steer_the_build(monkeypatch):
     assert environment["MAKEFLAGS"] == "-j7"
     assert environment["HOROVOD_WITH_PYTORCH"] == environment["HOROVOD_WITHOUT_TENSORFLOW"] == "1"
     assert "HOROVOD_WITH_TENSORFLOW" not in environment
-    assert environment["HVDKIT_MPI_RPATH"] == "$ORIGIN/../../../.."
+    assert environment["HVDKIT_RPATH"] == "$ORIGIN/../../../.."
 
 
 def test_cmake_wrapper_adds_settings_to_configuring_alone(tmp_path):
@@ -304,6 +310,279 @@ def test_pins_have_one_place():
 def test_differences_name_what_was_upgraded():
     now = PARTS | {"torch": "torch 2.14.0"}
     assert command.differences(now, PARTS) == "torch: torch 2.13.0 then, torch 2.14.0 now"
+
+
+# --- CUDA and NCCL, where nothing has a GPU
+
+
+class Machine:
+    """Directories that look like a machine's CUDA toolkits, frameworks and NVIDIA's wheels."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.site_packages, self.bin = folder / "site-packages", folder / "bin"
+        self.site_packages.mkdir()
+        self.bin.mkdir()
+        for name in ("CUDA_HOME", "CUDA_PATH", "NCCL_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("PATH", str(self.bin))
+        monkeypatch.setattr(cuda, "SITE", folder / "local")
+        monkeypatch.setattr(cuda, "directory", lambda package: self.site_packages / package)
+        monkeypatch.setattr(cuda, "_wheels", lambda: [self.site_packages / "nvidia"])
+        monkeypatch.setattr(cuda, "installed_version", lambda name: "1" if name in ("torch", "tensorflow") else None)
+
+    def write(self, path, text="", executable=False):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755 if executable else 0o644)
+        return path
+
+    def torch(self, version):
+        text = f"__version__ = '2.13.0'\ncuda: Optional[str] = {version!r}\nhip: Optional[str] = None\n"
+        self.write(self.site_packages / "torch" / "version.py", text)
+
+    def tensorflow(self, version):
+        text = f"build_info = OrderedDict([('cuda_version', '{version}'), ('is_cuda_build', True)])\n"
+        self.write(self.site_packages / "tensorflow" / "python" / "platform" / "build_info.py", text)
+
+    def nvcc(self, version, home):
+        script = f"""#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {version[:4]}, V{version}";;
+  --list-gpu-code) printf "sm_80\\nsm_90\\nsm_100\\n";;
+  --dryrun) echo "#$ TOP={home}" >&2;;
+esac
+"""
+        self.write(home / "bin" / "nvcc", script, executable=True)
+        return home
+
+    def nvidia_smi(self, *, capabilities=(), driver="13.0"):
+        text = "\n".join(capabilities)
+        script = f'#!/bin/sh\ncase "$*" in *compute_cap*) echo "{text}";; *) echo "CUDA Version: {driver} ";; esac\n'
+        self.write(self.bin / "nvidia-smi", script, executable=True)
+
+    def nccl(self, root, version=("2", "29", "7")):
+        text = "".join(
+            f"#define NCCL_{part} {number}\n" for part, number in zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
+        )
+        self.write(root / "include" / "nccl.h", text + '#define NCCL_SUFFIX ""\n')
+        return self.write(root / "lib" / "libnccl.so.2")
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    return Machine(tmp_path, monkeypatch)
+
+
+TORCH = {"torch": "torch 2.13.0"}
+TENSORFLOW = {"tensorflow": "tensorflow 2.21.0"}
+
+
+def refusal(function, *arguments):
+    with pytest.raises(BuildError) as failure:
+        function(*arguments)
+    assert len(str(failure.value).splitlines()) == 1
+    return str(failure.value)
+
+
+def test_version_of_cuda_is_read_from_the_frameworks_files(machine):
+    machine.torch("13.0")
+    machine.tensorflow("12.5.1")
+    assert cuda.agreed_version(TORCH) == "13.0"
+    assert cuda.agreed_version(TENSORFLOW) == "12.5.1"
+    machine.torch("12.6")
+    assert cuda.agreed_version(TORCH | TENSORFLOW) == "12.5.1"
+
+
+def test_version_of_cuda_is_what_the_installed_frameworks_say():
+    script = "import sys, torch; print(torch.version.cuda)"
+    if "torch" not in ingredients.installed_frameworks():
+        pytest.skip("torch is not installed")
+    said = subprocess.check_output([sys.executable, "-c", script], text=True, timeout=120).strip()
+    assert str(cuda.built_for("torch")) == said
+
+
+def test_gpu_build_beside_a_cpu_framework_is_refused_with_the_command_that_helps(machine):
+    machine.nvcc("13.0.88", machine.folder / "local" / "cuda")
+    machine.torch(None)
+    text = refusal(cuda.agreed_version, {"torch": "torch 2.13.0+cpu"})
+    assert re.search(
+        r"torch 2.13.0\+cpu was built without CUDA.*pip install torch===2.13.0`.*or build with GPU=0", text
+    )
+
+
+def test_two_versions_of_cuda_in_one_environment_are_refused(machine):
+    machine.torch("13.0")
+    machine.tensorflow("12.5.1")
+    text = refusal(cuda.agreed_version, TORCH | TENSORFLOW)
+    assert "torch 2.13.0 is for CUDA 13.0 and tensorflow 2.21.0 is for CUDA 12.5.1" in text
+    assert "VENV=" in text
+
+
+def test_a_framework_that_is_installed_twice_is_refused(machine):
+    machine.tensorflow("12.5.1")
+    machine.monkeypatch.setattr(cuda, "installed_version", lambda name: "2.21.0" if "tensorflow" in name else None)
+    assert "pip uninstall -y tensorflow-cpu tensorflow" in refusal(cuda.agreed_version, TENSORFLOW)
+
+
+def test_toolkit_is_of_the_frameworks_version_wherever_it_is(machine):
+    machine.torch("12.6")
+    local = machine.folder / "local"
+    assert "no nvcc in" in refusal(cuda.find_toolkit, TORCH)
+    machine.nvcc("13.0.88", local / "cuda")
+    text = refusal(cuda.find_toolkit, TORCH)
+    assert "torch 2.13.0 is for CUDA 12.6, and found was nvcc 13.0.88 in" in text and "module load cuda/12" in text
+    old = machine.nvcc("12.9.86", local / "cuda-12.9")
+    assert cuda.find_toolkit(TORCH) == old
+    # A script on the PATH, that starts the nvcc of a directory elsewhere, comes first.
+    elsewhere = machine.nvcc("12.4.131", machine.folder / "module")
+    machine.write(machine.bin / "nvcc", f'#!/bin/sh\nexec {elsewhere}/bin/nvcc "$@"\n', executable=True)
+    assert cuda.find_toolkit(TORCH) == elsewhere
+
+
+def test_named_toolkit_is_taken_or_refused_and_no_other(machine):
+    machine.torch("13.0")
+    local = machine.nvcc("13.0.88", machine.folder / "local" / "cuda")
+    named = machine.nvcc("12.9.86", machine.folder / "named")
+    assert cuda.find_toolkit(TORCH) == local
+    machine.monkeypatch.setenv("CUDA_HOME", str(named))
+    assert f"found was nvcc 12.9.86 in {named}: load a CUDA 13 toolkit" in refusal(cuda.find_toolkit, TORCH)
+    machine.monkeypatch.setenv("CUDA_HOME", str(machine.folder / "nowhere"))
+    assert f"no nvcc in {machine.folder / 'nowhere'}" in refusal(cuda.find_toolkit, TORCH)
+
+
+def test_without_a_toolkit_pypis_is_taken_where_it_suits(machine):
+    machine.torch("13.0")
+    machine.tensorflow("12.5.1")
+    assert cuda.find_toolkit(TORCH) is None
+    # TensorFlow shares no CUDA library with Horovod, so a newer one does, if the driver is for it.
+    assert cuda.find_toolkit(TENSORFLOW) is None
+    machine.nvidia_smi(driver="13.0")
+    assert cuda.find_toolkit(TENSORFLOW) is None
+    newer = machine.nvcc("13.0.88", machine.folder / "local" / "cuda")
+    assert cuda.find_toolkit(TENSORFLOW) == newer
+    machine.nvidia_smi(driver="12.8")
+    text = refusal(cuda.find_toolkit, TENSORFLOW)
+    assert "nvcc 13.0.88 in" in text and "a driver for CUDA 12.8" in text
+    machine.torch("12.6")
+    assert "torch 2.13.0 is for CUDA 12.6" in refusal(cuda.find_toolkit, TORCH)
+
+
+def test_architectures_are_those_asked_for_or_of_the_gpus_here_or_all(machine):
+    home = machine.nvcc("13.0.88", machine.folder / "local" / "cuda")
+    assert cuda.choose_architectures(None, home) == ("80", "90", "100")
+    assert cuda.choose_architectures("90", home) == ("90",)
+    assert cuda.choose_architectures("100,80", home) == ("80", "100")
+    machine.nvidia_smi(capabilities=("9.0", "9.0", "8.0"))
+    assert cuda.choose_architectures(None, home) == ("80", "90")
+    assert cuda.choose_architectures("90", home) == ("90",)
+    assert re.search(
+        r"^GPU_ARCH=70: nvcc 13.0.88 compiles for 80, 90, 100", refusal(cuda.choose_architectures, "70", home)
+    )
+    machine.nvidia_smi(capabilities=("7.0",))
+    assert "A GPU here has compute capability 70" in refusal(cuda.choose_architectures, None, home)
+
+
+def test_nccl_is_the_named_one_or_the_wheels_or_the_sites(machine):
+    machine.torch("13.0")
+    if not Path("/usr/include/nccl.h").exists():
+        assert re.search("pip install nvidia-nccl-cu13`, or name its directory", refusal(cuda.find_nccl, "13"))
+    site = machine.nccl(machine.folder / "local")
+    assert cuda.find_nccl("13") == Nccl("2.29.7", machine.folder / "local/include/nccl.h", site)
+    wheel = machine.nccl(machine.site_packages / "nvidia" / "nccl", ("2", "28", "9"))
+    assert cuda.find_nccl("13").library == wheel
+    named = machine.nccl(machine.folder / "own")
+    machine.monkeypatch.setenv("NCCL_HOME", str(machine.folder / "own"))
+    assert cuda.find_nccl("13").library == named
+    machine.monkeypatch.setenv("NCCL_HOME", str(machine.folder / "nowhere"))
+    assert f"not in {machine.folder / 'nowhere'}" in refusal(cuda.find_nccl, "13")
+
+
+def found_cuda(machine):
+    machine.torch("13.0")
+    machine.nccl(machine.site_packages / "nvidia" / "nccl")
+    wheels = machine.site_packages / "nvidia" / "cu13"
+    machine.write(wheels / "lib" / "libcudart.so.13")
+    home = machine.nvcc("13.0.88", machine.folder / "local" / "cuda")
+    machine.write(home / "include" / "cuda_runtime.h")
+    machine.write(home / "lib64" / "libcudart.so.13.2.1", "another one")
+    machine.write(home / "lib64" / "libcudart_static.a")
+    return cuda.find_cuda(TORCH, home, "90")
+
+
+def test_libraries_are_looked_for_in_the_environment_and_else_where_the_site_has_them(machine):
+    machine.monkeypatch.setattr(cuda.sysconfig, "get_path", lambda name: str(machine.site_packages))
+    found = found_cuda(machine)
+    assert found.rpath == "$ORIGIN/../../nvidia/nccl/lib:$ORIGIN/../../nvidia/cu13/lib"
+    machine.monkeypatch.setenv("NCCL_HOME", str(machine.folder / "own"))
+    machine.nccl(machine.folder / "own")
+    (machine.site_packages / "nvidia/cu13/lib/libcudart.so.13").unlink()
+    site = cuda.find_cuda(TORCH, found.home, "90")
+    assert site.rpath == f"{machine.folder}/own/lib:{found.home}/lib64"
+
+
+def test_gpu_build_is_given_directories_as_cmake_expects_them(machine, tmp_path):
+    found = found_cuda(machine)
+    (tmp_path / "build").mkdir()
+    base = build.build_environment(TORCH, PYPI)
+    added = build.gpu_environment(tmp_path / "build", found, base)
+    toolkit, nccl = Path(added["HOROVOD_CUDA_HOME"]), Path(added["HOROVOD_NCCL_HOME"])
+    # The framework's CUDA runtime is the one that Horovod shares with it.
+    wheel = machine.site_packages / "nvidia/cu13/lib/libcudart.so.13"
+    assert (toolkit / "lib64" / "libcudart.so").resolve() == wheel.resolve()
+    assert (toolkit / "lib64" / "libcudart_static.a").exists()
+    assert (toolkit / "include" / "cuda_runtime.h").exists()
+    # What nvcc finds from its own place, bin/..
+    assert (toolkit / "bin" / ".." / "lib64").resolve() == (toolkit / "lib64").resolve()
+    assert cuda.nvcc_version(toolkit) == "13.0.88"
+    assert (nccl / "include" / "nccl.h").exists() and (nccl / "lib" / "libnccl.so").resolve() == found.nccl.library
+    assert added["HOROVOD_GPU_OPERATIONS"] == "NCCL" and added["HOROVOD_BUILD_CUDA_CC_LIST"] == "90"
+    assert added["HVDKIT_RPATH"] == f"{base['HVDKIT_RPATH']}:{found.rpath}"
+    assert shutil.which("nvcc", path=added["PATH"]) == str(toolkit / "bin" / "nvcc")
+    assert not any(name.startswith(("HOROVOD_GPU", "HOROVOD_NCCL")) for name in base)
+
+
+@pytest.mark.parametrize("change", ["cuda", "nvcc", "architectures", "nccl", "library path"])
+def test_key_changes_with_everything_that_gpu_operations_depend_on(machine, change):
+    machine.torch("13.0")
+    nccl = Nccl("2.29.7", Path("/n/nccl.h"), Path("/n/libnccl.so.2"))
+    before = Cuda(Path("/cuda"), "13.0.88", ("90",), nccl, "$ORIGIN/x")
+    after = {
+        "nvcc": Cuda(Path("/cuda"), "13.0.99", ("90",), nccl, "$ORIGIN/x"),
+        "architectures": Cuda(Path("/cuda"), "13.0.88", ("80", "90"), nccl, "$ORIGIN/x"),
+        "nccl": Cuda(Path("/cuda"), "13.0.88", ("90",), Nccl("2.28.9", nccl.header, nccl.library), "$ORIGIN/x"),
+        "library path": Cuda(Path("/cuda"), "13.0.88", ("90",), nccl, "/site/lib"),
+    }.get(change, before)
+    described = cuda.describe(before, TORCH)
+    if change == "cuda":
+        machine.torch("13.2")
+    changed = cuda.describe(after, TORCH)
+    keys = {wheel_cache.cache_key(PARTS | parts) for parts in ({}, described, changed)}
+    assert len(keys) == 3
+
+
+def test_gpu_build_of_what_is_installed_here_is_refused_before_anything_is_installed(tmp_path):
+    if ingredients.installed_frameworks().get("torch") is None or cuda.built_for("torch"):
+        pytest.skip("no CPU build of torch is installed here")
+    cache = str(tmp_path / "cache")
+    done = run_command("--frameworks", "torch", "--gpu", "--log", str(tmp_path / "log"), HVDKIT_CACHE=cache)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "was built without CUDA" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_horovod_without_nccl_fails_a_gpu_builds_check(monkeypatch):
+    monkeypatch.setattr(check, "all_reduce", lambda name: [3.0, 30.0])
+    for built, fails in ((22907, False), (0, True)):
+        monkeypatch.setattr(
+            check, "import_module", lambda name, built=built: type("", (), {"nccl_built": lambda: built})
+        )
+        if fails:
+            with pytest.raises(SystemExit, match="the Horovod that torch loads was built without NCCL"):
+                check.main("torch", nccl=True)
+        else:
+            check.main("torch", nccl=True)
+        check.main("torch")
 
 
 # --- the environment
@@ -376,7 +655,8 @@ def test_installed_libraries_carry_no_path_of_the_building_environment(stamp):
     for library in libraries():
         dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
         (path,) = re.findall(r"R(?:UN)?PATH.*\[(.*)\]", dynamic)
-        assert path == re.search("library path (.*)", stamp["mpi"])[1]
+        expected = [re.search("library path (.*)", stamp["mpi"])[1], stamp.get("gpu library path")]
+        assert path == ":".join(filter(None, expected))
         assert sys.prefix not in dynamic
 
 
@@ -387,9 +667,11 @@ def test_installed_libraries_are_those_of_the_stamp(stamp):
 
 def test_second_run_is_quick_and_loads_no_framework(stamp, capsys):
     built = ",".join(name for name in ingredients.FRAMEWORKS if stamp[name] != "none")
+    architectures = stamp.get("cuda", "").partition(" for ")[2].replace(" ", "")
+    gpu = ["--gpu", "--gpu-arch", architectures] if architectures else []
     script = (
         "import sys; from toolkit.horovod_build.__main__ import main; "
-        f"main(['--frameworks', '{built}', '--mpi', '{'pypi' if 'PyPI' in stamp['mpi'] else 'system'}']); "
+        f"main(['--frameworks', '{built}', '--mpi', '{'pypi' if 'PyPI' in stamp['mpi'] else 'system'}', *{gpu}]); "
         "sys.exit(bool({'torch', 'tensorflow', 'horovod'} & set(sys.modules)))"
     )
     began = time.monotonic()
@@ -418,6 +700,8 @@ def make(*arguments):
         "FRAMEWORKS",
         "FRAMEWORK",
         "MPI",
+        "GPU",
+        "GPU_ARCH",
         "VENV",
     )
     clean = {name: value for name, value in os.environ.items() if name not in inherited}
@@ -431,6 +715,10 @@ def make(*arguments):
         ("RECIPE=foo", "cnn or linear_regression"),
         ("LAUNCHER=foo", "horovodrun, mpirun or none"),
         ("MPI=foo", "pypi .* or system"),
+        ("GPU=2", "0 .* or 1"),
+        ("GPU_ARCH=9.0", "as 90 or 80,90"),
+        ("GPU_ARCH=90", "give GPU=1"),
+        ("GPU=1", "torch or tensorflow, each in a VENV of its own"),
         ("FRAMEWORKS=torch,jax", "torch,tensorflow,keras"),
         ("FRAMEWORKS=keras", "torch or tensorflow"),
         ("NP=0", "1 or more"),
@@ -475,6 +763,28 @@ def test_make_alone_names_every_target():
     assert {"train", "test", "setup", "lint"} <= set(targets)
     for target in set(targets) - {"help"}:
         assert re.search(rf"^make {target} ", listed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("values", "extras", "flags"),
+    [
+        ([], "torch,tensorflow,keras,", "torch,tensorflow --mpi pypi"),
+        (["GPU=0", "FRAMEWORKS=torch"], "torch,", "torch --mpi pypi"),
+        (["GPU=1", "FRAMEWORKS=torch,keras"], "torch,keras,", "torch --mpi pypi --gpu"),
+        (["GPU=1", "FRAMEWORKS=tensorflow"], "tensorflow-gpu,", "tensorflow --mpi pypi --gpu"),
+        (["GPU=1", "FRAMEWORKS=torch", "GPU_ARCH=80,90"], "torch,", "torch --mpi pypi --gpu --gpu-arch 80,90"),
+    ],
+)
+def test_make_setup_builds_for_what_it_is_told(tmp_path, values, extras, flags):
+    shown = make("-n", "setup", f"VENV={tmp_path}", *values).stdout
+    assert f"--editable '.[{extras}recipes," in shown
+    assert f"-m toolkit.horovod_build --frameworks {flags}\n" in shown
+
+
+def test_make_remembers_gpus_of_setup(tmp_path):
+    (tmp_path / "choice.mk").write_text("FRAMEWORKS ?= torch\nMPI ?= pypi\nGPU ?= 1\nGPU_ARCH ?= 90\n")
+    assert "--frameworks torch --mpi pypi --gpu --gpu-arch 90\n" in make("-n", "setup", f"VENV={tmp_path}").stdout
+    assert "--frameworks torch --mpi pypi\n" in make("-n", "setup", f"VENV={tmp_path}", "GPU=0").stdout
 
 
 def test_make_train_remembers_the_frameworks_of_setup(tmp_path):
