@@ -68,7 +68,7 @@ endif
 
 # --- targets
 
-.PHONY: help setup train test test-all test-hosts fetched fuzz lint proof bench plan-check drills
+.PHONY: help setup train test test-all test-hosts test-gpu-build fetched fuzz lint proof bench plan-check drills
 
 help:
 	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
@@ -77,6 +77,8 @@ help:
 	@echo 'make test-all  the same with the tests marked long'
 	@echo 'make test-hosts  on three hosts made of network namespaces: every recipe by every launcher, a cable that is pulled,'
 	@echo '             slow links; without ARGS it writes tests/hosts/results.md: half an hour'
+	@echo 'make test-gpu-build  builds Horovod with CUDA and NCCL in build/, without a GPU too: some GB, some minutes;'
+	@echo '             ARGS="--framework tensorflow"'
 	@echo 'make fuzz    the tests on random input, with EXAMPLES=100000 each and other ones each time: some hours;'
 	@echo '             ARGS=tests/single/test_hostfile.py: one'
 	@echo 'make setup   once, and by itself before train and test: .venv with the frameworks, and Horovod built'
@@ -146,6 +148,10 @@ test-all: lint fetched
 test-hosts: setup
 	@$(VENV)/bin/python -m tests.hosts.sshd --again
 	@source $(VENV)/bin/activate && HVDKIT_HOSTS_RESULTS=$(if $(ARGS)$(PYTEST_ADDOPTS),-,tests/hosts/results.md) python -m pytest tests/hosts $(ARGS)
+
+# An environment of its own: that of `make setup` stays as it is.
+test-gpu-build:
+	@$(PYTHON) -m tests.gpu_build $(ARGS)
 
 fuzz: setup
 	@source $(VENV)/bin/activate && HVDKIT_FUZZ=$(EXAMPLES) python -m pytest --hypothesis-profile=fuzz -m hypothesis \
