@@ -542,7 +542,7 @@ def test_gpu_build_is_given_directories_as_cmake_expects_them(machine, tmp_path)
     assert not any(name.startswith(("HOROVOD_GPU", "HOROVOD_NCCL")) for name in base)
 
 
-@pytest.mark.parametrize("change", ["cuda", "nvcc", "architectures", "nccl", "library path"])
+@pytest.mark.parametrize("change", ["cuda", "nvcc", "architectures", "nccl", "library path", "flags"])
 def test_key_changes_with_everything_that_gpu_operations_depend_on(machine, change):
     machine.torch("13.0")
     nccl = Nccl("2.29.7", Path("/n/nccl.h"), Path("/n/libnccl.so.2"))
@@ -556,6 +556,8 @@ def test_key_changes_with_everything_that_gpu_operations_depend_on(machine, chan
     described = cuda.describe(before, TORCH)
     if change == "cuda":
         machine.torch("13.2")
+    if change == "flags":
+        machine.monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     changed = cuda.describe(after, TORCH)
     keys = {wheel_cache.cache_key(PARTS | parts) for parts in ({}, described, changed)}
     assert len(keys) == 3

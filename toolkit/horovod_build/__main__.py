@@ -124,9 +124,7 @@ def prepare_cuda(frameworks: dict[str, str], wanted: str | None, log: Path) -> C
         with stage("installing", " ".join(needed)):
             advice = "Check that pip reaches its package index, or load a CUDA toolkit (often `module load cuda`)."
             logged.run_logged(logged.pip("install", *needed), log, "Installing CUDA's compiler", advice)
-    found = cuda.find_cuda(frameworks, home, wanted)
-    print(f"{'with':<13}{found}")
-    return found
+    return cuda.find_cuda(frameworks, home, wanted)
 
 
 def build_wheels(
@@ -176,9 +174,9 @@ def main(arguments: list[str]) -> None:
     if site_mpi:
         ingredients.refuse_pypi_mpi()
     frameworks = ingredients.choose_frameworks(options.frameworks)
+    gpu = prepare_cuda(frameworks, options.gpu_arch, options.log) if options.gpu else None
     install_requirements(options.mpi, options.log)
     mpi = site_mpi or ingredients.pypi_mpi()
-    gpu = prepare_cuda(frameworks, options.gpu_arch, options.log) if options.gpu else None
     parts = ingredients.describe(frameworks, mpi, compiler) | {"recipe": wheel_cache.recipe_hash(gpu is not None)}
     if gpu:
         parts |= cuda.describe(gpu, frameworks)
@@ -187,6 +185,8 @@ def main(arguments: list[str]) -> None:
     if before == parts and not options.force:
         print(f"Horovod {parts['horovod']} is installed and checked for {', '.join(frameworks.values())}.")
         return
+    if gpu:
+        print(f"for GPUs     {gpu}")
     if before and before != parts:
         print(f"building anew, because of {differences(parts, before)}")
     options.log.unlink(missing_ok=True)

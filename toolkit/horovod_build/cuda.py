@@ -30,6 +30,10 @@ PYPI_MAJOR = 13
 SITE = Path("/usr/local")
 
 
+#: Variables that CMake reads for CUDA, and nvcc.
+FLAGS = ("CUDAFLAGS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+
+
 @dataclass(frozen=True)
 class Nccl:
     """An NCCL: its `version`, header and library."""
@@ -291,6 +295,7 @@ def describe(cuda: Cuda, frameworks: dict[str, str]) -> dict[str, str]:
         "cuda": f"{agreed_version(frameworks)}, by nvcc {cuda.version} for {', '.join(cuda.architectures)}",
         "nccl": f"NCCL {cuda.nccl.version}",
         "gpu library path": cuda.rpath,
+        "gpu flags": " ".join(f"{name}={os.environ[name]}" for name in FLAGS if os.environ.get(name)),
     }
 
 

@@ -29,9 +29,10 @@ def recipe_hash(gpu: bool = False) -> str:
     """Return a hash of the files that decide how Horovod is compiled, for GPUs too or for CPUs alone."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(
-        [*here.glob("*.cmake"), here / "build.py", *([here / "cuda.py", *here.glob("*.cc")] if gpu else [])]
-    ):
+    files = [*here.glob("*.cmake"), here / "build.py"]
+    if gpu:
+        files += [here / "cuda.py", *here.glob("*.cc")]
+    for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
