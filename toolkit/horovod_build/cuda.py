@@ -291,12 +291,12 @@ def _link(target: Path, link: Path) -> None:
 
 def describe(cuda: Cuda, frameworks: dict[str, str]) -> dict[str, str]:
     """Return everything that a wheel's GPU operations depend on, as short texts by name."""
+    flags = {name: os.environ[name] for name in FLAGS if os.environ.get(name)}
     return {
         "cuda": f"{agreed_version(frameworks)}, by nvcc {cuda.version} for {', '.join(cuda.architectures)}",
         "nccl": f"NCCL {cuda.nccl.version}",
         "gpu library path": cuda.rpath,
-        "gpu flags": " ".join(f"{name}={os.environ[name]}" for name in FLAGS if os.environ.get(name)),
-    }
+    } | flags
 
 
 def _output(command: list[str]) -> str:
