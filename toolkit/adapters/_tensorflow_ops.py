@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import pickle
 import warnings
@@ -26,6 +27,8 @@ _UNDECIDED = "undecided"
 _ALIGNMENT = 64  # bytes
 _LARGE = 2**16  # elements from which another way through memory takes longer than another array
 _EXTRA = 2  # numbers that travel beside the gradients
+_HOST = "CPU:0"  # where numbers are that the ranks tell each other, also beside a GPU
+_BUCKET = 25 * 2**20  # bytes of a GPU's gradients that travel together, while the backward pass goes on
 
 
 def set_threads(threads: int) -> None:
@@ -40,12 +43,12 @@ def set_threads(threads: int) -> None:
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
     """The sum of a float64 vector over all ranks."""
-    values, ranks = tf.constant(vector), _job.process_set()
+    ranks = _job.process_set()
     wire = _job.mpi_wire(hvd, ranks)
-    with watch.waiting("average()"):
+    with watch.waiting("average()"), tf.device(_HOST):
         if wire is not None:
             return wire.summed(vector)
-        return hvd.allreduce(values, op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()
+        return hvd.allreduce(tf.constant(vector), op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()
 
 
 def gather(value: Any, process_set: Any) -> list[Any]:
@@ -55,8 +58,9 @@ def gather(value: Any, process_set: Any) -> list[Any]:
         if wire is not None:
             return wire.gather(value)
         data = np.frombuffer(pickle.dumps(value), np.uint8)  # Horovod's own way makes a Python number of each byte
-        lengths = hvd.allgather(tf.constant([len(data)]), "hvdkit.gather.lengths", process_set=process_set).numpy()
-        gathered = hvd.allgather(tf.constant(data), "hvdkit.gather", process_set=process_set).numpy()
+        with tf.device(_HOST):
+            lengths = hvd.allgather(tf.constant([len(data)]), "hvdkit.gather.lengths", process_set=process_set).numpy()
+            gathered = hvd.allgather(tf.constant(data), "hvdkit.gather", process_set=process_set).numpy()
     return [pickle.loads(part.tobytes()) for part in np.split(gathered, np.cumsum(lengths)[:-1])]
 
 
@@ -65,7 +69,7 @@ def broadcast(array: np.ndarray) -> np.ndarray:
     if not array.size:
         return array
     name, ranks = "hvdkit.broadcast", _job.process_set()
-    with watch.waiting("broadcast_state()"):
+    with watch.waiting("broadcast_state()"), tf.device(_HOST):
         return hvd.broadcast(tf.constant(array), _job.root_rank(), name, process_set=ranks).numpy()
 
 
@@ -77,20 +81,29 @@ def visible_gpus() -> int:
 def use_gpu(number: int) -> str:
     """Have TensorFlow see this GPU alone, and take of its memory what it needs; returns its name."""
     gpu = tf.config.list_physical_devices("GPU")[number]
-    try:
-        tf.config.set_visible_devices(gpu, "GPU")
-        tf.config.experimental.set_memory_growth(gpu, True)
-    except RuntimeError:
-        raise UsageError(
-            "TensorFlow ran an operation before start(), which was to choose its GPU: call it first."
-        ) from None
+    _show([gpu])
+    tf.config.experimental.set_memory_growth(gpu, True)
     return "GPU:0"
 
 
 def use_cpu() -> None:
     """Have TensorFlow see no GPU."""
     if visible_gpus():
-        tf.config.set_visible_devices([], "GPU")
+        _show([])
+
+
+def _show(gpus: list[Any]) -> None:
+    """Have TensorFlow see these GPUs alone."""
+    try:
+        tf.config.set_visible_devices(gpus, "GPU")
+    except RuntimeError:
+        raise UsageError(
+            "TensorFlow ran an operation before start(), which was to choose its GPU: call start() first."
+        ) from None
+
+
+def check_place(model: Any) -> None:
+    """Nothing: TensorFlow sees no device but this worker's."""
 
 
 def be_deterministic() -> None:
@@ -116,7 +129,10 @@ def import_random(state: Mapping[str, np.ndarray]) -> None:
 
 
 class _Exchange:
-    """What travels beside the gradients through Horovod, in a graph; made by the first averager that does that."""
+    """What travels beside the gradients through Horovod, in a graph; made by the first averager that does that.
+
+    The variables are in the host's memory, where reading them waits for nothing that a GPU has yet to do.
+    """
 
     def __init__(self) -> None:
         self.flag = tf.Variable(float(exchange.flag), trainable=False)
@@ -133,7 +149,7 @@ _exchanges: list[_Exchange] = []  # one, once it is made
 
 def _exchange() -> _Exchange:
     if not _exchanges:
-        with tf.init_scope():
+        with tf.init_scope(), tf.device(_HOST):
             _exchanges.append(_Exchange())
     return _exchanges[0]
 
@@ -191,25 +207,14 @@ class GradientAverager(_reduction.Averager):
         if self._wire is not None:
             self._through_wire(gradients, variables, dense, means)
             return means
-        graph, ranks = _exchange(), _job.process_set()
-        if not any(dtype.is_floating for dtype in dense):
-            dense[tf.float32] = []
-        carrier = next(dtype for dtype in dense if dtype.is_floating)
-        for dtype, indices in dense.items():  # a group holds one dtype
-            packed = [tf.cast(_to_dense(gradients[i], variables[i]), dtype) for i in indices]
-            if dtype == carrier:
-                packed.append(tf.cast(graph.flag, dtype))
-            name = f"{self._name}.{dtype.name}"
-            with _waiting(name):
-                reduced = packed
-                if ranks.size() > 1:
-                    reduced = hvd.grouped_allreduce(
-                        packed, op=hvd.Average, name=name, ignore_name_scope=True, process_set=ranks
-                    )
-            if dtype == carrier:
-                graph.heard.assign_add(tf.cast(reduced.pop(), tf.float32))
-            for i, mean in zip(indices, reduced, strict=True):
-                means[i] = tf.cast(mean, variables[i].dtype)
+        if _job.process_set().size() > 1:
+            self._through_horovod(gradients, variables, dense, means)
+            return means
+        for i in itertools.chain(*dense.values()):
+            means[i] = _to_dense(gradients[i], variables[i])
+        graph = _exchange()
+        with tf.device(_HOST):
+            graph.heard.assign_add(graph.flag)
         return means
 
     def unless_broken(
@@ -224,7 +229,7 @@ class GradientAverager(_reduction.Averager):
             _either(self._taken, apply, note)
             return
         graph = _exchange()
-        taken = _are_finite(means) | ~graph.guarded
+        taken = tf.cond(graph.guarded, lambda: _are_finite(means), lambda: tf.constant(True))
         key = tuple(id(v) for v in variables)
         if key not in self._places:
             self._places[key] = len(graph.names), list(variables)  # held, so that ids stay theirs
@@ -234,27 +239,67 @@ class GradientAverager(_reduction.Averager):
             finite = tf.stack([_are_finite([g]) for g in gradients])
             first = self._places[key][0] + tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32)
             place = tf.where(tf.reduce_all(finite), _ELSEWHERE, first)
-            graph.broken.assign(tf.where(graph.broken == _WHOLE, place, graph.broken))
-            graph.heard.assign_add(1.0)
+            with tf.device(_HOST):
+                graph.broken.assign(tf.where(graph.broken == _WHOLE, place, graph.broken))
+                graph.heard.assign_add(1.0)
 
         _either(taken, apply, leave_out)
 
     def _choose(self, variables: Sequence[Any], kinds: Sequence[int]) -> Any:
         def by_horovod(numbers: np.ndarray) -> None:
-            hvd.allreduce(tf.constant(numbers), name=f"{self._name}.trial", op=hvd.Sum, process_set=ranks).numpy()
+            with tf.device(_HOST):
+                hvd.allreduce(tf.constant(numbers), name=f"{self._name}.trial", op=hvd.Sum, process_set=ranks).numpy()
 
         ranks = _job.process_set()
-        on_gpu = any("GPU" in getattr(getattr(v, "value", v), "device", "") for v in variables)
         if ranks.size() == 1:
             return None
-        if on_gpu and self._reducer == "mpi":
-            raise UsageError('reducer="mpi" adds up in the memory of the host: use "horovod" for a GPU\'s.')
+        # What a GPU holds Horovod adds up there; "mpi", where it is asked for, does it in the host's memory.
+        reducer = "horovod" if self._reducer == "auto" and _job.reduces_on_gpu() else self._reducer
         compressed = _HorovodWire(self._name, ranks) if self.compression != "none" else None
-        if on_gpu or (_SPARSE in kinds and self._reducer == "auto"):  # whose rows Horovod gathers
+        if _SPARSE in kinds and reducer == "auto":  # whose rows Horovod gathers
             return compressed
         with watch.waiting(f"{self._name}.trial"):
-            wire = _reduction.choose(self._reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
+            wire = _reduction.choose(reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
         return wire or compressed
+
+    def _through_horovod(
+        self, gradients: Sequence[Any], variables: Sequence[Any], groups: dict[tf.DType, list[int]], means: list[Any]
+    ) -> None:
+        """Put the means of dense gradients into a list, by Horovod's operations; arguments as of `_through_wire`.
+
+        On a GPU they travel from where they are, in several buckets, those first whose gradients are there first.
+        The flag goes along in the first bucket of floating-point numbers.
+        """
+        if not any(dtype.is_floating for dtype in groups):
+            groups = {**groups, tf.float32: []}
+        carrier = next(dtype for dtype in groups if dtype.is_floating)
+        for dtype, places in groups.items():
+            for number, bucket in enumerate(_buckets(places, variables, dtype)):
+                packed = [tf.cast(_to_dense(gradients[i], variables[i]), dtype) for i in bucket]
+                carries = dtype == carrier and number == 0
+                reduced = self._all_reduce(packed, f"{self._name}.{dtype.name}.{number}", carries)
+                for i, mean in zip(bucket, reduced, strict=True):
+                    means[i] = tf.cast(mean, variables[i].dtype)
+
+    def _all_reduce(self, packed: list[tf.Tensor], name: str, carries: bool) -> list[tf.Tensor]:
+        """The means over all ranks of tensors of one dtype, with or without the flag beside them."""
+        graph, ranks = _exchange(), _job.process_set()
+        if carries:
+            with tf.device(_HOST):
+                packed = [*packed, tf.cast(graph.flag, packed[0].dtype if packed else tf.float32)]
+        with _waiting(name):
+            reduced = hvd.grouped_allreduce(
+                packed,
+                op=hvd.Average,
+                name=name,
+                device_dense=_where_reduced(),
+                ignore_name_scope=True,
+                process_set=ranks,
+            )
+        if carries:
+            with tf.device(_HOST):
+                graph.heard.assign_add(tf.cast(reduced.pop(), tf.float32))
+        return reduced
 
     def _through_wire(
         self, gradients: Sequence[Any], variables: Sequence[Any], groups: dict[tf.DType, list[int]], means: list[Any]
@@ -344,12 +389,14 @@ class GradientAverager(_reduction.Averager):
         return kinds
 
     def _agree(self, kinds: list[int]) -> list[int]:
-        local, name = tf.constant(kinds, tf.int32), f"{self._name}.kinds"
-        ranks = _job.process_set()
+        ranks, name = _job.process_set(), f"{self._name}.kinds"
+        if ranks.size() == 1:
+            return kinds
         wire = _job.mpi_wire(hvd, ranks)
-        with watch.waiting(name):
+        with watch.waiting(name), tf.device(_HOST):
             if wire is not None:
                 return np.max(wire.gather(kinds), axis=0).tolist()
+            local = tf.constant(kinds, tf.int32)
             return hvd.allreduce(local, op=hvd.Max, name=name, process_set=ranks).numpy().tolist()
 
     def _wire_dtype(self, variable: Any) -> tf.DType:
@@ -366,9 +413,12 @@ class GradientAverager(_reduction.Averager):
         indices, values = _sum_duplicates(tf.cast(gradient.indices, tf.int64), gradient.values)
         wire = tf.float32 if values.dtype == tf.bfloat16 else values.dtype
         ranks = _job.process_set()
-        with _waiting(name):
-            indices = hvd.allgather(indices, f"{name}.indices", ignore_name_scope=True, process_set=ranks)
-            values = hvd.allgather(tf.cast(values, wire), f"{name}.values", ignore_name_scope=True, process_set=ranks)
+        if ranks.size() > 1:
+            with _waiting(name), tf.device(_where_reduced()):
+                indices = hvd.allgather(indices, f"{name}.indices", ignore_name_scope=True, process_set=ranks)
+                values = hvd.allgather(
+                    tf.cast(values, wire), f"{name}.values", ignore_name_scope=True, process_set=ranks
+                )
         # Optimizers need unique indices; and sums of duplicates inside them may depend on threads.
         indices, values = _sum_duplicates(indices, values / ranks.size())
         return tf.IndexedSlices(
@@ -406,18 +456,22 @@ class _HorovodWire:
     def sum(self, array: np.ndarray) -> None:
         """See `toolkit.compression.Wire.sum`."""
         name = f"{self._name}.sum{array.size}"
-        array[...] = hvd.allreduce(tf.constant(array), name=name, op=hvd.Sum, process_set=self._ranks).numpy()
+        with tf.device(_HOST):
+            array[...] = hvd.allreduce(tf.constant(array), name=name, op=hvd.Sum, process_set=self._ranks).numpy()
 
     def all_to_all(self, send: np.ndarray, received: np.ndarray) -> None:
         """See `toolkit.compression.Wire.all_to_all`."""
         name = f"{self._name}.all_to_all{send.nbytes}"
-        rows = hvd.alltoall(tf.constant(_bytes(send)), name=name, process_set=self._ranks)
+        with tf.device(_HOST):
+            rows = hvd.alltoall(tf.constant(_bytes(send)), name=name, process_set=self._ranks)
         _bytes(received)[...] = rows.numpy()
 
     def all_gather(self, send: np.ndarray, received: np.ndarray) -> None:
         """See `toolkit.compression.Wire.all_gather`."""
         name = f"{self._name}.all_gather{send.nbytes}"
-        _bytes(received)[...] = hvd.allgather(tf.constant(_bytes(send[None])), name, process_set=self._ranks).numpy()
+        with tf.device(_HOST):
+            rows = hvd.allgather(tf.constant(_bytes(send[None])), name, process_set=self._ranks)
+        _bytes(received)[...] = rows.numpy()
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
@@ -439,6 +493,31 @@ def _packed(tensors: Sequence[tf.Tensor], dtype: tf.DType) -> tf.Tensor:
     """The tensors' numbers, one after the other."""
     flat = [tf.reshape(tf.cast(tensor, dtype), [-1]) for tensor in tensors]
     return flat[0] if len(flat) == 1 else tf.concat([tf.zeros([0], dtype), *flat], 0)
+
+
+def _where_reduced() -> str:
+    """The device where Horovod adds up gradients; "": the one that has them."""
+    return "" if _job.reduces_on_gpu() else _HOST
+
+
+def _buckets(places: list[int], variables: Sequence[Any], dtype: tf.DType) -> list[list[int]]:
+    """The places of gradients of one dtype that travel together.
+
+    On a CPU all do: what would travel early takes cores from the backward pass. From a GPU the last layers' go first,
+    which the backward pass reaches first.
+    """
+    if not _job.reduces_on_gpu():
+        return [places]
+    buckets: list[list[int]] = [[]]
+    size = 0
+    for i in reversed(places):
+        bytes_more = int(np.prod(variables[i].shape)) * dtype.size
+        if buckets[-1] and size + bytes_more > _BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(i)
+        size += bytes_more
+    return buckets
 
 
 def _rounded_up(elements: int) -> int:

@@ -47,13 +47,14 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
-    here = _job.choose_device(hvd, here, device, share_gpus, _tensorflow_ops)
-    if deterministic:
-        _tensorflow_ops.be_deterministic()
+    here = _job.choose_device(here, device, _tensorflow_ops)
     if choices.threads:
         _tensorflow_ops.set_threads(choices.threads)
+    if deterministic:
+        _tensorflow_ops.be_deterministic()
     keras.utils.set_random_seed(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.check_devices(hvd, here, device, share_gpus, gather)
     _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 

@@ -39,13 +39,14 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
-    here = _job.choose_device(hvd, here, device, share_gpus, _torch_ops)
+    here = _job.choose_device(here, device, _torch_ops)
     if deterministic:
         _torch_ops.be_deterministic()
     if choices.threads:
         torch.set_num_threads(choices.threads)
     torch.manual_seed(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.check_devices(hvd, here, device, share_gpus, gather)
     _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 
