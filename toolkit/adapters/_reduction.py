@@ -125,8 +125,9 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
         elements: the number of gradients.
 
     Returns:
-        The wire for MPI, or None for Horovod. "auto" takes the one that was faster when both were tried with so many
-        numbers, each with the cycle of Horovod's that suits it; the same on all ranks.
+        The wire for MPI, which adds up in the host's memory, or None for Horovod. "auto" takes Horovod for what it adds
+        up on GPUs; else the one that was faster when both were tried with so many numbers, each with the cycle of
+        Horovod's that suits it; the same on all ranks.
 
     Raises:
         UsageError: "mpi" without MPI.
@@ -134,7 +135,7 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
     if reducer == "auto":
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
         _shared.check_reducer(reducer)
-    if reducer == "horovod":
+    if reducer == "horovod" or (reducer == "auto" and _job.reduces_on_gpu()):
         _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
         return None
     wire = _job.mpi_wire(hvd, _job.process_set())

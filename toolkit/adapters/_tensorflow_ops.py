@@ -253,13 +253,11 @@ class GradientAverager(_reduction.Averager):
         ranks = _job.process_set()
         if ranks.size() == 1:
             return None
-        # What a GPU holds Horovod adds up there; "mpi", where it is asked for, does it in the host's memory.
-        reducer = "horovod" if self._reducer == "auto" and _job.reduces_on_gpu() else self._reducer
         compressed = _HorovodWire(self._name, ranks) if self.compression != "none" else None
-        if _SPARSE in kinds and reducer == "auto":  # whose rows Horovod gathers
+        if _SPARSE in kinds and self._reducer == "auto":  # whose rows Horovod gathers
             return compressed
         with watch.waiting(f"{self._name}.trial"):
-            wire = _reduction.choose(reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
+            wire = _reduction.choose(self._reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
         return wire or compressed
 
     def _through_horovod(
