@@ -37,6 +37,21 @@ def test_names_of_state_are_the_same_on_both_backends():
     assert "model/dense/kernel#2" in names[0] and "optimizer/dense/kernel/velocity#2" in names[0]
 
 
+STAGED = [
+    "options_act_on_averaged_gradients",
+    "a_gradient_missing_on_some_ranks_is_zero_there",
+    "overflow_on_one_rank_makes_all_skip",
+    "compressed_gradients_agree",
+]
+
+
+def test_gradients_of_a_gpu_that_workers_share_go_through_the_host():
+    """With Keras on torch, and a CPU in the GPU's place."""
+    command = [WORKERS / "as_on_gpus.py", WORKERS / "keras_cases.py", *STAGED]
+    result = launch(2, command, environment={"KERAS_BACKEND": "torch"})
+    assert sorted(re.findall(r"passed (\w+)", result.stdout)) == sorted(STAGED), result.stdout + result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_one_process_without_a_launcher(backend):
     cases = [

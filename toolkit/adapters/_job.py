@@ -169,6 +169,11 @@ def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callab
         print(f"gradients go through the host's memory: {why}", file=sys.stderr, flush=True)
 
 
+def usage(peak_memory: Callable[[], int]) -> dict[str, float]:
+    """See `toolkit.adapters.Adapter.usage`; given the function for the bytes, which is called where there is a GPU."""
+    return {} if _gpu is None else {"gpu_memory_megabytes": peak_memory() / 1e6}
+
+
 def reduces_on_gpu() -> bool:
     """Whether Horovod adds up what is in a GPU's memory there, by NCCL; else it goes through the host's."""
     return _reduces_on_gpu

@@ -86,6 +86,10 @@ class Averager:
         by = "mpi" if isinstance(wire, MpiWire) else "horovod"
         _job.explain(f"tuning: a worker sends {sent:,} bytes of gradients a step, by {by}{share}")
 
+    def _adds_up_on_gpu(self) -> bool:
+        """Whether a GPU's gradients are added up there; else in the host's memory, by whom it is done on a CPU."""
+        return _job.reduces_on_gpu() and self._reducer != "mpi"
+
     def state(self) -> dict[str, np.ndarray]:
         """What the compression carries from step to step on this rank, by names that begin with `compression/`."""
         found = self._compressor.state() if self._compressor else self._state

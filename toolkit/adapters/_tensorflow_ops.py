@@ -102,6 +102,11 @@ def _show(gpus: list[Any]) -> None:
         ) from None
 
 
+def peak_memory() -> int:
+    """The most bytes of the GPU's memory that tensors had at a time."""
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
 def check_place(model: Any) -> None:
     """Nothing: TensorFlow sees no device but this worker's."""
 

@@ -166,6 +166,11 @@ def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = N
         optimizer._average.load_state(state)
 
 
+def usage() -> dict[str, float]:
+    """See `toolkit.adapters.Adapter.usage`."""
+    return _job.usage(_ops.peak_memory)
+
+
 def describe(model: Any) -> dict[str, Any]:
     """See `toolkit.adapters.Adapter.describe`."""
     return {"framework": "keras", **_keras_state.describe(model)}

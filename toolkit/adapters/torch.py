@@ -350,6 +350,11 @@ def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = N
         optimizer._averager.load_state(state)
 
 
+def usage() -> dict[str, float]:
+    """See `toolkit.adapters.Adapter.usage`."""
+    return _job.usage(_torch_ops.peak_memory)
+
+
 def describe(model: Any) -> dict[str, Any]:
     """See `toolkit.adapters.Adapter.describe`."""
     return {
