@@ -17,9 +17,9 @@ if os.environ.get("KERAS_BACKEND") == "torch":
     _keras_torch_ops.core = SimpleNamespace(get_device=lambda: "played")
     _keras_torch_ops.check_place = lambda model: None
 else:
-    from toolkit.adapters import _tensorflow_ops
+    from toolkit.adapters import _tensorflow_horovod
 
     _job.reduces_on_gpu = lambda: True
-    _tensorflow_ops._BUCKET = 100
+    _tensorflow_horovod._BUCKET = 100
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

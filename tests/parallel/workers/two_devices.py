@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 import toolkit.adapters.tensorflow as dp
-from toolkit.adapters import _job, _tensorflow_ops
+from toolkit.adapters import _job, _tensorflow_horovod
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -36,7 +36,7 @@ def found(way):
         step(tf.fill((1, 3), float(world.rank)))
     heard, _ = dp.exchange_flag(False)
     graph = step.get_concrete_function(tf.TensorSpec((1, 3))).graph
-    exchange = _tensorflow_ops._exchange()
+    exchange = _tensorflow_horovod.in_graph()
     return {
         "weights": places(v.value for v in model.variables),
         "reduces": sorted({o.device[-5:] for o in graph.get_operations() if "Horovod" in o.type}),
