@@ -83,7 +83,7 @@ class GradientAverager(_reduction.Averager):
             _either(self._taken, apply, note)
             return
         graph = in_graph()
-        taken = tf.cond(graph.guarded, lambda: _are_finite(means), lambda: tf.constant(True))
+        taken = _are_finite(means) | ~graph.guarded
         key = tuple(id(v) for v in variables)
         if key not in self._places:
             self._places[key] = len(graph.names), list(variables)  # held, so that ids stay theirs
