@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -113,7 +113,7 @@ def _machine(options: argparse.Namespace) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "rounds": options.rounds,
         "turn_seconds": options.turn,
-        "tensorflow": version("tensorflow-cpu"),
+        "tensorflow": version(packages_distributions()["tensorflow"][0]),  # or tensorflow-cpu, as it is called
         **{name: version(name) for name in ("torch", "keras", "horovod")},
     }
 

@@ -37,6 +37,21 @@ def test_names_of_state_are_the_same_on_both_backends():
     assert "model/dense/kernel#2" in names[0] and "optimizer/dense/kernel/velocity#2" in names[0]
 
 
+STAGED = [
+    "options_act_on_averaged_gradients",
+    "a_gradient_missing_on_some_ranks_is_zero_there",
+    "overflow_on_one_rank_makes_all_skip",
+    "compressed_gradients_agree",
+]
+
+
+def test_gradients_of_a_gpu_that_workers_share_go_through_the_host():
+    """With Keras on torch, and a CPU in the GPU's place."""
+    command = [WORKERS / "as_on_gpus.py", WORKERS / "keras_cases.py", *STAGED]
+    result = launch(2, command, environment={"KERAS_BACKEND": "torch"})
+    assert sorted(re.findall(r"passed (\w+)", result.stdout)) == sorted(STAGED), result.stdout + result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_one_process_without_a_launcher(backend):
     cases = [
@@ -47,6 +62,39 @@ def test_one_process_without_a_launcher(backend):
     environment = {"KERAS_BACKEND": backend}
     result = launch(1, [WORKERS / "keras_cases.py", *cases], launcher="none", environment=environment)
     assert re.findall(r"passed (\w+)", result.stdout) == [c for c in CASES if c in cases], result.stdout
+
+
+@pytest.mark.long
+def test_xla_that_takes_what_it_can_leaves_the_averaging_out(tmp_path):
+    cases = ["options_act_on_averaged_gradients", "overflow_on_one_rank_makes_all_skip"]
+    environment = {
+        "KERAS_BACKEND": "tensorflow",
+        "TF_XLA_FLAGS": "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit --tf_xla_min_cluster_size=2",
+        "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
+    }
+    result = launch(2, [WORKERS / "keras_cases.py", *cases], environment=environment)
+    assert re.findall(r"passed (\w+)", result.stdout) == cases, result.stdout + result.stderr[-3000:]
+    assert list(tmp_path.glob("*cluster*")), "XLA compiled nothing: the test shows nothing"
+
+
+def test_keras_on_torch_takes_the_cpu_where_it_is_told_to(tmp_path):
+    """Keras itself would take what KERAS_TORCH_DEVICE names, as it takes a GPU where torch sees one."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import keras\nimport toolkit.adapters.keras as dp\nworld = dp.start(device='cpu')\n"
+        "model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(1)])\n"
+        "model.compile(dp.distribute(keras.optimizers.SGD(0.1), model), loss='mse')\n"
+        "model.fit(keras.ops.ones((8, 4)), keras.ops.ones((8, 1)), verbose=0)\n"
+        "print(world.device, model.variables[0].value.device)\n"
+        "with keras.device('meta'):\n"
+        "    early = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])\n"
+        "dp.distribute(keras.optimizers.SGD(0.1), early)\n"
+    )
+    environment = {"KERAS_BACKEND": "torch", "KERAS_TORCH_DEVICE": "cuda"}
+    result = launch(1, [script], launcher="none", environment=environment)
+    assert result.stdout == "cpu cpu\n", result.stderr[-3000:]
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "is on meta and this worker computes on cpu: build the model after" in last
 
 
 def test_mistakes_outside_of_a_started_job(tmp_path):

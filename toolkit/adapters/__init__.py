@@ -191,6 +191,13 @@ class Adapter(Protocol):
             UsageError: names, shapes or dtypes differ.
         """
 
+    def usage(self) -> dict[str, float]:
+        """What this worker takes of its GPU; {} on a CPU.
+
+        Returns:
+            `gpu_memory_megabytes`: the most that tensors have had of its memory at a time since `start`, in 10⁶ bytes.
+        """
+
     def describe(self, model: Any) -> dict[str, Any]:
         """What a checkpoint says of where it comes from; JSON values.
 

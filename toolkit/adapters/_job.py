@@ -28,6 +28,7 @@ from toolkit.world import World
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
 _explains = False
+_gpu: int | None = None  # this worker's, as its framework numbers them
 _reduces_on_gpu = False
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
 
@@ -120,35 +121,57 @@ def explain(lines: str) -> None:
         print(lines, flush=True)
 
 
-def choose_device(hvd: Any, here: World, asked: str, share: bool, framework: Any) -> World:
-    """Take this worker's GPU, or the CPU, and look that all workers together can; all ranks call it together.
+def choose_device(here: World, asked: str, framework: Any) -> World:
+    """Take this worker's GPU, or the CPU; the first thing that `start` does with the framework, which may then begin.
 
     Args:
-        hvd: `horovod.torch` or `horovod.tensorflow`, started.
         here: this worker.
         asked: one of `toolkit.devices.DEVICES`.
-        share: whether workers may share a GPU.
-        framework: a module with `visible_gpus`, `use_gpu`, `use_cpu` and `gather`.
+        framework: a module with `visible_gpus`, `use_gpu` and `use_cpu`.
 
     Returns:
         `here`, with its device.
 
     Raises:
-        UsageError: see `toolkit.devices`.
+        UsageError: see `toolkit.devices.choose`.
     """
-    global _reduces_on_gpu
-    number = devices.choose(asked, here, framework.visible_gpus())
-    place = devices.Place(here.name, socket.gethostname(), "" if number is None else devices.uuid(number))
-    places = framework.gather(place, process_set(everyone=True)) if hvd.size() > 1 and asked != "cpu" else [place]
-    own = devices.check(places, share)
-    if number is None:
+    global _gpu
+    if _gpu is None or not elastic.is_active():  # a process that an elastic job starts anew has its GPU already
+        _gpu = devices.choose(asked, here, framework.visible_gpus())
+    if _gpu is None:
         framework.use_cpu()
         return here
+    return replace(here, device=framework.use_gpu(_gpu))
+
+
+def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callable[..., Any]) -> None:
+    """Look that all workers together can compute where they are, and decide where gradients are added up.
+
+    All ranks call it together.
+
+    Args:
+        hvd: `horovod.torch` or `horovod.tensorflow`, started.
+        here: this worker, with its device.
+        asked: as in `choose_device`.
+        share: whether workers may share a GPU.
+        gather: the adapter's.
+
+    Raises:
+        UsageError: see `toolkit.devices.check`.
+    """
+    global _reduces_on_gpu
+    place = devices.Place(here.name, socket.gethostname(), "" if _gpu is None else devices.uuid(_gpu))
+    places = gather(place, all_groups=True) if hvd.size() > 1 and asked != "cpu" else [place]
+    own = devices.check(places, share)
     _reduces_on_gpu = own and bool(hvd.nccl_built())
-    if hvd.size() > 1 and not _reduces_on_gpu and hvd.rank() == 0:
+    if hvd.size() > 1 and _gpu is not None and not _reduces_on_gpu and hvd.rank() == 0:
         why = "Horovod was built without NCCL: `make setup GPU=1`" if own else "workers share a GPU, which NCCL refuses"
         print(f"gradients go through the host's memory: {why}", file=sys.stderr, flush=True)
-    return replace(here, device=framework.use_gpu(number))
+
+
+def usage(peak_memory: Callable[[], int]) -> dict[str, float]:
+    """See `toolkit.adapters.Adapter.usage`; given the function for the bytes, which is called where there is a GPU."""
+    return {} if _gpu is None else {"gpu_memory_megabytes": peak_memory() / 1e6}
 
 
 def reduces_on_gpu() -> bool:

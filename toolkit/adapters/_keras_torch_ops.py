@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from keras.src.backend.torch import core
 
-from toolkit.adapters import _torch_average
+from toolkit.adapters import _job, _torch_average, _torch_ops
 from toolkit.adapters._reduction import exchange_flag, leave_out
 from toolkit.adapters._torch_ops import (
     all_reduce_sum,
@@ -16,21 +18,22 @@ from toolkit.adapters._torch_ops import (
     export_random,
     gather,
     import_random,
+    peak_memory,
     seed_random,
-    use_cpu,
-    use_gpu,
-    visible_gpus,
 )
+from toolkit.errors import UsageError
 
 __all__ = [
     "GradientAverager",
     "all_reduce_sum",
     "be_deterministic",
     "broadcast",
+    "check_place",
     "exchange_flag",
     "export_random",
     "gather",
     "import_random",
+    "peak_memory",
     "seed_random",
     "set_threads",
     "use_cpu",
@@ -44,13 +47,48 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def visible_gpus() -> int:
+    """GPUs that Keras may take: those that torch sees, where KERAS_TORCH_DEVICE names no other device."""
+    return torch.cuda.device_count() if os.environ.get("KERAS_TORCH_DEVICE", "cuda").startswith("cuda") else 0
+
+
+def use_gpu(number: int) -> str:
+    """Have Keras and torch take this GPU; returns its name."""
+    core.DEFAULT_DEVICE = "cuda"  # torch's current one; Keras looks for this very word here and there
+    return _torch_ops.use_gpu(number)
+
+
+def use_cpu() -> None:
+    """Have Keras take the CPU: it takes a GPU of its own accord, and its `keras.device` is for a thread's block."""
+    core.DEFAULT_DEVICE = "cpu"
+
+
+def check_place(model: Any) -> None:
+    """Raise `UsageError` for a model whose variables are on another device than this worker's."""
+    here = torch.empty(0, device=core.get_device()).device
+    for variable in model.variables:
+        if variable.value.device != here:
+            raise UsageError(
+                f"{variable.path} is on {variable.value.device} and this worker computes on {here}: build the model "
+                "after start()."
+            )
+
+
 class GradientAverager(_torch_average.GradientAverager):
     """Averages gradients over all ranks; None counts as zero, and stays None where it is on every rank."""
+
+    _twins: Sequence[torch.Tensor] = ()  # of a GPU's variables, in the host's memory, which they never fill
 
     @torch.compiler.disable  # under jit_compile=True: Horovod's operations are no part of a compiled graph
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient over all ranks."""
-        return super().__call__(gradients, [v.value for v in variables])
+        values = [v.value for v in variables]
+        if core.get_device() == "cpu" or _job.process_set().size() == 1 or self._adds_up_on_gpu():
+            return super().__call__(gradients, values)
+        if [t.shape for t in self._twins] != [v.shape for v in values]:
+            self._twins = [torch.empty_like(v, device="cpu") for v in values]
+        means = super().__call__([None if g is None else g.cpu() for g in gradients], self._twins)
+        return [None if mean is None else mean.to(v.device) for mean, v in zip(means, values, strict=True)]
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -86,6 +86,10 @@ class Averager:
         by = "mpi" if isinstance(wire, MpiWire) else "horovod"
         _job.explain(f"tuning: a worker sends {sent:,} bytes of gradients a step, by {by}{share}")
 
+    def _adds_up_on_gpu(self) -> bool:
+        """Whether a GPU's gradients are added up there; else in the host's memory, by whom it is done on a CPU."""
+        return _job.reduces_on_gpu() and self._reducer != "mpi"
+
     def state(self) -> dict[str, np.ndarray]:
         """What the compression carries from step to step on this rank, by names that begin with `compression/`."""
         found = self._compressor.state() if self._compressor else self._state
@@ -125,8 +129,9 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
         elements: the number of gradients.
 
     Returns:
-        The wire for MPI, or None for Horovod. "auto" takes the one that was faster when both were tried with so many
-        numbers, each with the cycle of Horovod's that suits it; the same on all ranks.
+        The wire for MPI, which adds up in the host's memory, or None for Horovod. "auto" takes Horovod for what it adds
+        up on GPUs; else the one that was faster when both were tried with so many numbers, each with the cycle of
+        Horovod's that suits it; the same on all ranks.
 
     Raises:
         UsageError: "mpi" without MPI.
@@ -134,7 +139,7 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
     if reducer == "auto":
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
         _shared.check_reducer(reducer)
-    if reducer == "horovod":
+    if reducer == "horovod" or (reducer == "auto" and _job.reduces_on_gpu()):
         _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
         return None
     wire = _job.mpi_wire(hvd, _job.process_set())

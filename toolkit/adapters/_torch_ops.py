@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -60,8 +61,14 @@ def use_cpu() -> None:
     """Compute on the CPU: torch does, unless told otherwise."""
 
 
+def peak_memory() -> int:
+    """The most bytes of the GPU's memory that tensors had at a time."""
+    return torch.cuda.max_memory_allocated()
+
+
 def be_deterministic() -> None:
     """Have every operation of torch give the same bits in every run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products on a GPU
     torch.use_deterministic_algorithms(True)
 
 

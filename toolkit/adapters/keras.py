@@ -55,14 +55,15 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
-    here = _job.choose_device(hvd, here, device, share_gpus, _ops)
-    if deterministic:
-        _ops.be_deterministic()
+    here = _job.choose_device(here, device, _ops)
     if choices.threads:
         _ops.set_threads(choices.threads)
+    if deterministic:
+        _ops.be_deterministic()
     _keras_state.seed(seed)
     _ops.seed_random(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.check_devices(hvd, here, device, share_gpus, gather)
     _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 
@@ -96,6 +97,7 @@ def distribute(
     _shared.check_distribute_options(accumulation_steps, clip_norm, compression, reducer)
     if not isinstance(model, keras.Layer):
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model that the optimizer trains.")
+    _ops.check_place(model)
     averager = _ops.GradientAverager(_job.collective_name(), compression, reducer)
     return _keras_optimizer.distribute(optimizer, model, averager, accumulation_steps, clip_norm)
 
@@ -162,6 +164,11 @@ def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = N
     _ops.import_random(state)
     if _keras_optimizer.is_distributed(optimizer):
         optimizer._average.load_state(state)
+
+
+def usage() -> dict[str, float]:
+    """See `toolkit.adapters.Adapter.usage`."""
+    return _job.usage(_ops.peak_memory)
 
 
 def describe(model: Any) -> dict[str, Any]:

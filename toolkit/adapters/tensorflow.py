@@ -47,13 +47,14 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
-    here = _job.choose_device(hvd, here, device, share_gpus, _tensorflow_ops)
-    if deterministic:
-        _tensorflow_ops.be_deterministic()
+    here = _job.choose_device(here, device, _tensorflow_ops)
     if choices.threads:
         _tensorflow_ops.set_threads(choices.threads)
+    if deterministic:
+        _tensorflow_ops.be_deterministic()
     keras.utils.set_random_seed(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.check_devices(hvd, here, device, share_gpus, gather)
     _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 
@@ -148,6 +149,11 @@ def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = N
     _tensorflow_ops.import_random(state)
     if _keras_optimizer.is_distributed(optimizer):
         optimizer._average.load_state(state)
+
+
+def usage() -> dict[str, float]:
+    """See `toolkit.adapters.Adapter.usage`."""
+    return _job.usage(_tensorflow_ops.peak_memory)
 
 
 def describe(model: Any) -> dict[str, Any]:

@@ -39,13 +39,14 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
-    here = _job.choose_device(hvd, here, device, share_gpus, _torch_ops)
+    here = _job.choose_device(here, device, _torch_ops)
     if deterministic:
         _torch_ops.be_deterministic()
     if choices.threads:
         torch.set_num_threads(choices.threads)
     torch.manual_seed(seed)
     _shared.seed_python_and_numpy(seed)
+    _job.check_devices(hvd, here, device, share_gpus, gather)
     _job.begin_watch(hvd, here, gather, stall_timeout)
     return here
 
@@ -347,6 +348,11 @@ def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = N
     _torch_state.import_local(model, _reduction.without_compression(state))
     if isinstance(optimizer, _Distributed):
         optimizer._averager.load_state(state)
+
+
+def usage() -> dict[str, float]:
+    """See `toolkit.adapters.Adapter.usage`."""
+    return _job.usage(_torch_ops.peak_memory)
 
 
 def describe(model: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras_common import (
     BACKEND,
+    DEVICE,
     OPTIMIZERS,
     Steps,
     assert_close,
@@ -22,11 +23,13 @@ from keras_common import (
     case,
     equal_on_all_ranks,
     fit,
+    half_precision,
     mine,
     new_model,
     new_optimizer,
     raises,
     run_cases,
+    way,
     whole,
 )
 
@@ -37,7 +40,7 @@ if BACKEND == "tensorflow":
 else:
     import torch
 
-WORLD = dp.start(seed=1)
+WORLD = dp.start(seed=1, **DEVICE)
 TENSORFLOW = BACKEND == "tensorflow"
 MINE = mine(WORLD)
 OTHERS = WORLD.size > 1
@@ -72,7 +75,7 @@ def gradients(model, x, y, weight):
             loss = tf.reduce_mean(tf.square(model(x) - y)) * weight
         return tape.gradient(loss, model.trainable_variables)
     model.zero_grad()
-    loss = torch.mean(torch.square(model(x) - torch.as_tensor(y))) * float(weight)
+    loss = torch.mean(torch.square(model(x) - keras.ops.convert_to_tensor(y))) * float(weight)
     loss.backward()
     return [v.value.grad for v in model.trainable_variables]
 
@@ -237,8 +240,22 @@ def xla_is_refused_or_off():
         assert "XLA is off" in str(caught[0].message)
         refit(model)
         assert equal_on_all_ranks(dp, model, optimizer)
+        model.jit_compile, model.train_function = True, None
+        raises(lambda: refit(model), "jit_compile=False")
         other = new_model()
         raises(lambda: fit(other, optimizer, MINE), "jit_compile=False")
+        plain = new_model()
+        plain.compile(new_optimizer("SGD"), loss="mse")
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+            plain.save(Path(folder) / "model.keras")  # with the jit_compile=True that auto had become
+            loaded = keras.models.load_model(Path(folder) / "model.keras")
+            assert loaded.jit_compile
+            optimizer = dp.distribute(loaded.optimizer, loaded)
+        assert "XLA is off" in str(caught[-1].message)
+        refit(loaded)
+        loaded.compile(optimizer, loss="mse")
+        refit(loaded)
+        assert equal_on_all_ranks(dp, loaded, optimizer)
     finally:
         tf.config.list_physical_devices = list_devices
 
@@ -273,6 +290,34 @@ def mixed_precision_averages_outermost():
         assert equal_on_all_ranks(dp, model, optimizer)
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+@case
+def mixed_precision_unscales_averages_clips_and_steps():
+    """As float32 on the whole batch, to the digits of half precision; what float16 can't hold on a rank, all skip."""
+
+    def overflowing(step):
+        x, y, weight = MINE(step)
+        return (x * 1e5 if step == 1 and WORLD.rank == WORLD.size - 1 else x), y, weight
+
+    reference, plain = half_precision("float32")
+    before = reference.get_weights()
+    fit(reference, plain, whole, 3)
+    expected = way(reference, before)
+    assert np.isclose(np.linalg.norm(expected), 3 * 0.05, rtol=0.2), "the clipping shows nothing"
+    for policy in ("mixed_float16", "mixed_bfloat16"):
+        model, optimizer = half_precision(policy)
+        optimizer = dp.distribute(optimizer, model)
+        fit(model, optimizer, MINE, 3)
+        assert equal_on_all_ranks(dp, model, optimizer)
+        distance = np.linalg.norm(way(model, before) - expected) / np.linalg.norm(expected)
+        assert distance < 0.03, (policy, distance)
+    model, optimizer = half_precision("mixed_float16")
+    optimizer = dp.distribute(optimizer, model)
+    fit(model, optimizer, overflowing)
+    assert equal_on_all_ranks(dp, model, optimizer)
+    assert int(optimizer.iterations) == 3 and float(optimizer.dynamic_scale) == 512.0
+    assert np.isfinite(model.get_weights()[0]).all()
 
 
 @case

@@ -1,6 +1,7 @@
 """What the workers of the tensorflow and keras adapters share: data, its parts, training, comparing."""
 
 import inspect
+import os
 import traceback
 
 import keras
@@ -11,6 +12,8 @@ from toolkit.sharding import Sharding
 
 SAMPLES = 7  # not a multiple of the ranks: unequal parts
 BACKEND = keras.backend.backend()
+# What start() is given: tests of one machine's workers on its GPUs let them share.
+DEVICE = {"device": os.environ.get("HVDKIT_TEST_DEVICE", "cpu"), "share_gpus": True}
 OPTIMIZERS = {
     name: kind
     for name, kind in inspect.getmembers(keras.optimizers, inspect.isclass)
@@ -106,6 +109,24 @@ def assert_close(dp, found, reference, tolerance=2e-5):
     assert one.keys() == other.keys(), one.keys() ^ other.keys()
     for name, array in one.items():
         np.testing.assert_allclose(array, other[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def half_precision(policy, clip=0.05):
+    """A model of new_model's seed 0 in mixed precision, and its optimizer, which scales the loss for float16."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = new_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    optimizer = keras.optimizers.SGD(1.0, global_clipnorm=clip)
+    if policy == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1024.0)
+    return model, optimizer
+
+
+def way(model, before):
+    """How far the weights have come since `before`, as one vector."""
+    return np.concatenate([(a - b).ravel() for a, b in zip(model.get_weights(), before, strict=True)])
 
 
 def raises(function, *texts):

@@ -6,22 +6,25 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras_common import (
+    DEVICE,
     OPTIMIZERS,
     assert_close,
     batch,
     case,
     equal_on_all_ranks,
+    half_precision,
     mine,
     new_model,
     new_optimizer,
     raises,
     run_cases,
+    way,
     whole,
 )
 
 import toolkit.adapters.tensorflow as dp
 
-WORLD = dp.start(seed=1)
+WORLD = dp.start(seed=1, **DEVICE)
 MINE = mine(WORLD)
 OTHERS = WORLD.size > 1
 EAGER = lambda function: function  # noqa: E731
@@ -57,7 +60,7 @@ def train(model, optimizer, part, wrap=tf.function, steps=4):
     @wrap
     def step(x, y, weight):
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(weight * tf.reduce_mean(tf.square(model(x) - y), axis=1))
+            loss = tf.reduce_mean(weight * tf.reduce_mean(tf.square(tf.cast(model(x), y.dtype) - y), axis=1))
             if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 loss = optimizer.scale_loss(loss)
         optimizer.apply_gradients(
@@ -228,10 +231,40 @@ def overflow_on_one_rank_makes_all_skip():
 
 
 @case
+def mixed_precision_unscales_averages_clips_and_steps():
+    """As float32 on the whole batch, to the digits of half precision; what float16 can't hold on a rank, all skip."""
+
+    def overflowing(step):
+        x, y, weight = MINE(step)
+        return (x * 1e5 if step == 1 and WORLD.rank == WORLD.size - 1 else x), y, weight
+
+    reference, plain = half_precision("float32")
+    before = reference.get_weights()
+    train(reference, plain, whole, steps=3)
+    expected = way(reference, before)
+    assert np.isclose(np.linalg.norm(expected), 3 * 0.05, rtol=0.2), "the clipping shows nothing"
+    for policy in ("mixed_float16", "mixed_bfloat16"):
+        model, optimizer = half_precision(policy)
+        optimizer = dp.distribute(optimizer, model)
+        train(model, optimizer, MINE, steps=3)
+        assert equal_on_all_ranks(dp, model, optimizer)
+        distance = np.linalg.norm(way(model, before) - expected) / np.linalg.norm(expected)
+        assert distance < 0.03, (policy, distance)
+    model, optimizer = half_precision("mixed_float16")
+    optimizer = dp.distribute(optimizer, model)
+    train(model, optimizer, overflowing)
+    assert equal_on_all_ranks(dp, model, optimizer)
+    assert int(optimizer.iterations) == 3 and float(optimizer.dynamic_scale) == 512.0
+    assert np.isfinite(model.get_weights()[0]).all()
+
+
+@case
 def what_a_function_can_not_hold_is_refused():
     model, optimizer = distributed(new_optimizer("SGD"), new_model())
     xla = lambda function: tf.function(function, jit_compile=True)  # noqa: E731
-    raises(lambda: train(model, optimizer, MINE, xla), "jit_compile=False")
+    within, around = lambda function: tf.function(xla(function)), lambda function: xla(tf.function(function))
+    for compiled in (xla, within, around):
+        raises(lambda wrap=compiled: train(model, optimizer, MINE, wrap), "jit_compile=False")
     module, optimizer = distributed(new_optimizer("SGD"), Plain(0))
     train(module, optimizer, MINE)
     variables = list(module.trainable_variables)
