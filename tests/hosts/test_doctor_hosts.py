@@ -64,7 +64,7 @@ def test_an_all_reduce_that_fails_has_its_reason(cluster, tmp_path):
     code, checks = doctor(cluster)
     assert code == 1 and wrong(checks) == {("torch over hosts", "")}, [checks[key] for key in wrong(checks)]
     check = checks["torch over hosts", ""]
-    assert "orted: Permission denied" in check["found"] and check["fix"].endswith("all_reduce torch 3"), check
+    assert "orted: Permission denied" in check["found"] and check["fix"].endswith("all_reduce torch 3 cpu"), check
 
 
 def down(cluster, place):

@@ -14,7 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from toolkit.doctor import imports, probe, processes
+from toolkit.doctor import gpus, imports, on_gpus, probe, processes
 from toolkit.doctor.checks import Check
 from toolkit.doctor.compare import Facts
 from toolkit.doctor.resources import resources
@@ -52,7 +52,7 @@ async def look(
     for check in found:
         yield check
     yield await _compilers()
-    for check in resources(facts, "", ranks):
+    for check in [*resources(facts, "", ranks), *gpus.of_host(facts, "", ranks), *on_gpus.checks(facts, imported)]:
         yield check
 
 

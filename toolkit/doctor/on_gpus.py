@@ -1,0 +1,68 @@
+"""What this machine's frameworks and Horovod make of its GPUs: pure functions of facts and of `imports.found`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from toolkit.doctor.checks import Check
+from toolkit.doctor.gpus import SETUP, Facts, read
+
+
+def checks(facts: Facts, imported: Mapping[str, Mapping[str, Any]]) -> list[Check]:
+    """Whether this machine's frameworks compute on its GPUs, and with which NCCL Horovod adds up there.
+
+    Args:
+        facts: this machine's.
+        imported: what `imports.found` told for each.
+    """
+    seen, found = read(facts), []
+    for name, told in imported.items():
+        if seen is not None and seen.names and "cuda" in told:
+            found.append(_framework(name, told["cuda"], len(seen.names), name in facts["gpu_build"]))
+        if "nccl" in told:
+            found.append(_nccl(name, **told["nccl"]))
+        elif seen is not None and seen.names and f"horovod.{name}" in told:
+            without = "none: gradients on GPUs would go through the host's memory"
+            found.append(Check(f"NCCL for {name}", "", None, without, f"{SETUP} FRAMEWORKS={name}"))
+    return found
+
+
+def ready(framework: str, facts: Facts, checks: Iterable[Check]) -> int:
+    """This machine's GPUs on which Horovod can add up for a framework, by the checks so far."""
+    seen, well = read(facts), {check.name for check in checks if check.ok}
+    wanted = {f"{framework} on GPUs", f"NCCL for {framework}"}
+    return len(seen.names) if seen is not None and wanted <= well else 0
+
+
+def _framework(name: str, told: Mapping[str, Any], count: int, built: bool) -> Check:
+    label, wrong = f"{name} on GPUs", False if built else None
+    if told["version"] is None and not told["wrong"]:
+        fix = f"to train on GPUs with it: {SETUP} FRAMEWORKS={name}"
+        return Check(label, "", wrong, "a build without CUDA", fix)
+    if told["wrong"]:
+        fix = f"see what is wrong above, or what else uses the GPUs (`nvidia-smi`); else {SETUP} FRAMEWORKS={name}"
+        return Check(label, "", wrong, told["wrong"], fix)
+    if told["gpus"] < count:
+        found = f"built for CUDA {told['version']}, and sees {told['gpus']} of {count} GPUs"
+        fix = f"see what it says: `python -c 'import {name}'`; install a build that the driver above serves"
+        return Check(label, "", wrong, found, fix)
+    return Check(label, "", True, f"built for CUDA {told['version']}, adds up right on {count} of {count}")
+
+
+def _nccl(name: str, built: int, path: str, loaded: int) -> Check:
+    label = f"NCCL for {name}"
+    if not path:
+        return Check(
+            label, "", False, f"built with {_version(built)}, and none is loaded", f"{SETUP} FRAMEWORKS={name}"
+        )
+    found = f"{_version(loaded)} in {path}; built with {_version(built)}"
+    if loaded < built:
+        fix = f"install {_version(built)} or newer, or build Horovod anew for this one: {SETUP} FRAMEWORKS={name}"
+        return Check(label, "", False, found, fix)
+    return Check(label, "", True, found)
+
+
+def _version(number: int) -> str:
+    """Of NCCL's number (nccl.h: NCCL_VERSION, from 2.9 on)."""
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
