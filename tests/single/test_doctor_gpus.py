@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.single import gpu_host
 from tests.single.test_doctor import mutated
-from toolkit.doctor import environment, gpu_probe, gpus, hosts, imports, measure, nccl, on_gpus, probe
+from toolkit.doctor import all_reduce, environment, gpu_probe, gpus, hosts, imports, measure, nccl, on_gpus, probe
 from toolkit.doctor.checks import lines
 from toolkit.doctor.peer import NoAnswer
 
@@ -301,9 +301,11 @@ def test_frameworks_on_gpus(cuda, with_nccl, bad, found, look):
 
 def test_a_horovod_without_nccl_on_a_host_with_gpus(look):
     facts = look(built=())
-    checks = on_gpus.checks(facts, {"torch": {"cuda": WELL, "horovod.torch": {"ok": True}}})
-    assert [check.ok for check in checks] == [True, None] and checks[1].fix == "make setup GPU=1 FRAMEWORKS=torch"
-    assert not on_gpus.ready("torch", facts, checks)
+    assert on_gpus.checks(facts, {"torch": {"cuda": WELL, "horovod.torch": {"ok": True}}}) == []
+    facts["gpu_build"] = ["torch"]
+    (check,) = on_gpus.checks(facts, {"tensorflow": {"cuda": {"version": None, "gpus": 0, "wrong": ""}}})
+    assert check.ok is None and check.found == "a build without CUDA" and not on_gpus.ready("torch", facts, [check])
+    facts["gpu_build"] = []
     (count,) = (check for check in gpus.of_host(facts, "", 4) if check.name == "GPUs")
     assert count.ok and count.fix == "to train on them: make setup GPU=1"
 
@@ -318,6 +320,19 @@ def test_the_library_that_is_loaded(libraries):
 
     library = ctypes.CDLL(str(libraries / "libnccl.so.2"))
     assert imports._loaded(r"libnccl\.so\S*") == str(libraries / "libnccl.so.2") and library
+
+
+def test_messages_lie_where_they_are_put():
+    """A device of one's own: arrays go there and back, and nothing but its tensors are summed."""
+    largest = []
+
+    def reduce(data, name):
+        assert list(data) == ["there"]
+        largest.append(data["there"].nbytes)
+        return {"there": data["there"] * (3 if name == "right" else 1)}
+
+    memory = all_reduce.Memory(lambda array: {"there": array}, lambda it: it["there"], all_reduce.LARGE_ON_GPU)
+    assert all_reduce.measure(reduce, 0, 2, memory)["bytes"] == max(largest) == 256 << 20
 
 
 def test_bandwidths_on_gpus():

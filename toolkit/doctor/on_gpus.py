@@ -12,19 +12,19 @@ from toolkit.doctor.gpus import SETUP, Facts, read
 def checks(facts: Facts, imported: Mapping[str, Mapping[str, Any]]) -> list[Check]:
     """Whether this machine's frameworks compute on its GPUs, and with which NCCL Horovod adds up there.
 
+    [] where Horovod was built without NCCL for all of them.
+
     Args:
         facts: this machine's.
         imported: what `imports.found` told for each.
     """
     seen, found = read(facts), []
     for name, told in imported.items():
-        if seen is not None and seen.names and "cuda" in told:
-            found.append(_framework(name, told["cuda"], len(seen.names), name in facts["gpu_build"]))
-        if "nccl" in told:
+        built = name in facts["gpu_build"]
+        if facts["gpu_build"] and seen is not None and seen.names and "cuda" in told:
+            found.append(_framework(name, told["cuda"], len(seen.names), built))
+        if built and "nccl" in told:
             found.append(_nccl(name, **told["nccl"]))
-        elif seen is not None and seen.names and f"horovod.{name}" in told:
-            without = "none: gradients on GPUs would go through the host's memory"
-            found.append(Check(f"NCCL for {name}", "", None, without, f"{SETUP} FRAMEWORKS={name}"))
     return found
 
 
