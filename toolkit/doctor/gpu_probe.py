@@ -20,16 +20,15 @@ _NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI's vendor, and the beginning of the c
 _MAJOR, _MINOR, _COMPUTE_MODE = 75, 76, 20  # cuda.h: CUdevice_attribute
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime-cu11")
 _NCCLS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
-# Which network NCCL takes; as variables, or as lines of /etc/nccl.conf and of ~/.nccl.conf, which are read first.
+# Which network NCCL takes; as variables, or as lines of its files, which are read first.
 _NETWORK = ("NCCL_SOCKET_IFNAME", "NCCL_IB_DISABLE", "NCCL_IB_HCA", "NCCL_NET", "NCCL_NET_PLUGIN")
 
 
-def facts(system: str = "/sys", configuration: tuple = ("/etc/nccl.conf", "~/.nccl.conf")) -> dict:
+def facts(system: str = "/sys") -> dict:
     """All of them; {} on a host with neither NVIDIA's hardware nor its driver.
 
     Args:
         system: where the kernel tells of devices.
-        configuration: NCCL's files; what a later one says comes before an earlier one's.
     """
     on_bus = sum(_read(f"{place}/vendor") == _NVIDIA for place in _displays(system))
     try:
@@ -49,7 +48,7 @@ def facts(system: str = "/sys", configuration: tuple = ("/etc/nccl.conf", "~/.nc
         "verbs": _loads("libibverbs.so.1"),
         "plugin": _loads("libnccl-net.so"),
         "lockable": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
-        "settings": _settings(configuration),
+        "settings": _settings(("/etc/nccl.conf", os.environ.get("NCCL_CONF_FILE", "~/.nccl.conf"))),
     }
 
 
@@ -159,9 +158,10 @@ def _ports(system: str) -> list:
     return found
 
 
-def _settings(configuration: tuple) -> dict:
+def _settings(files: tuple) -> dict:
+    """NCCL's settings that choose its network: of a variable, or else of the last of its files that has it."""
     found = {}
-    for path in configuration:
+    for path in files:
         for line in _read(os.path.expanduser(path)).splitlines():
             name, _, value = line.strip().partition("=")
             found[name.strip()] = value.strip()
