@@ -89,6 +89,7 @@ def test_a_machine_with_gpus_and_a_horovod_for_cpus(tmp_path):
     assert not wrong(checks) - {"/dev/shm", "working directory"}, out
     assert checks["GPU driver"]["ok"] and checks["GPUs"]["found"] == "2 × NVIDIA Stub of 80 GiB"
     assert checks["GPUs"]["fix"] == "to train on them: make setup GPU=1" and "(CPU)" in out and "NCCL" not in out
+    assert "nvcc" in checks["compilers"]["found"]
 
 
 @pytest.mark.skipif(bool(probe.gpu_build()), reason="Horovod was built with NCCL here")

@@ -1,8 +1,11 @@
 """Doctor on hosts with GPUs, whose driver and NCCL are stubs: what it says of each fault."""
 
+import ctypes
 import json
 import os
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -278,7 +281,7 @@ def test_a_horovod_with_nccl_by_its_library(tmp_path, monkeypatch):
 
 
 WELL = {"version": "13.0", "gpus": 1, "wrong": ""}
-NCCL = {"built": 22809, "path": "/x/libnccl.so.2", "loaded": 22809}
+NCCL = {"built": 22809, "loaded": {"/x/libnccl.so.2": 22809}}
 
 
 @pytest.mark.parametrize(
@@ -288,8 +291,9 @@ NCCL = {"built": 22809, "path": "/x/libnccl.so.2", "loaded": 22809}
         ({**WELL, "version": None, "gpus": 0}, NCCL, "torch on GPUs", "a build without CUDA"),
         ({**WELL, "gpus": 0}, NCCL, "torch on GPUs", "built for CUDA 13.0, and sees 0 of 1 GPUs"),
         ({**WELL, "wrong": "RuntimeError: no kernel image"}, NCCL, "torch on GPUs", "no kernel image"),
-        (WELL, {**NCCL, "loaded": 22703}, "NCCL for torch", "2.27.3 in /x/libnccl.so.2; built with 2.28.9"),
-        (WELL, {**NCCL, "path": "", "loaded": 0}, "NCCL for torch", "built with 2.28.9, and none is loaded"),
+        (WELL, {**NCCL, "loaded": {"/x/n": 22703}}, "NCCL for torch", "2.27.3 in /x/n; built with 2.28.9"),
+        (WELL, {**NCCL, "loaded": {}}, "NCCL for torch", "none is loaded; built with 2.28.9"),
+        (WELL, {**NCCL, "loaded": {"/x/n": 23004, "/y/n": 22809}}, "", "2.30.4 in /x/n and 2.28.9 in /y/n"),
     ],
 )
 def test_frameworks_on_gpus(cuda, with_nccl, bad, found, look):
@@ -315,11 +319,14 @@ def test_nothing_is_said_of_gpus_where_there_are_none():
     assert on_gpus.checks({**FACTS, "gpus": {}, "gpu_build": []}, told) == []
 
 
-def test_the_library_that_is_loaded(libraries):
-    import ctypes
-
+def test_the_library_that_is_loaded(libraries, monkeypatch):
     library = ctypes.CDLL(str(libraries / "libnccl.so.2"))
-    assert imports._loaded(r"libnccl\.so\S*") == str(libraries / "libnccl.so.2") and library
+    assert imports._loaded(r"libnccl\.so\S*") == [str(libraries / "libnccl.so.2")] and library
+    monkeypatch.setitem(sys.modules, "horovod.torch", SimpleNamespace(nccl_built=lambda: 22703))
+    told = imports._nccl("torch")["nccl"]
+    assert told == {"built": 22703, "loaded": {str(libraries / "libnccl.so.2"): 22809}}
+    monkeypatch.setitem(sys.modules, "horovod.torch", SimpleNamespace(nccl_built=lambda: 0))
+    assert imports._nccl("torch") == {}
 
 
 def test_messages_lie_where_they_are_put():

@@ -62,29 +62,30 @@ def _mpi4py() -> str:
 
 def _mpi() -> dict[str, Any]:
     """Path of the libmpi that this process has loaded, and what it says of itself; nothing where there is none."""
-    path = _loaded(r"libmpi(?:ch)?\.so\S*")
-    if not path:
+    paths = _loaded(r"libmpi(?:ch)?\.so\S*")
+    if not paths:
         return {}
     text, length = ctypes.create_string_buffer(_LONGEST_VERSION), ctypes.c_int()
-    ctypes.CDLL(path).MPI_Get_library_version(text, ctypes.byref(length))  # needs no MPI_Init
-    return {"mpi": [path, text.value.decode(errors="replace")]}
+    ctypes.CDLL(paths[0]).MPI_Get_library_version(text, ctypes.byref(length))  # needs no MPI_Init
+    return {"mpi": [paths[0], text.value.decode(errors="replace")]}
 
 
-def _loaded(name: str) -> str:
-    """The path of a library that this process has loaded, by a pattern for its name; "" where there is none."""
+def _loaded(name: str) -> list[str]:
+    """Paths of the libraries that this process has loaded, by a pattern for their name."""
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-        return next(iter(re.findall(rf"(/\S*/{name})$", file.read(), re.MULTILINE)), "")
+        return list(dict.fromkeys(re.findall(rf"(/\S*/{name})$", file.read(), re.MULTILINE)))
 
 
 def _nccl(what: str) -> dict[str, Any]:
-    """NCCL's version that Horovod was built with, and that of the library that it has loaded; nothing without NCCL."""
-    built = sys.modules[f"horovod.{what}"].nccl_built()
+    """NCCL's version that Horovod was built with, and those of the libraries that are loaded; nothing without NCCL."""
+    built, loaded = sys.modules[f"horovod.{what}"].nccl_built(), {}
     if not built:
         return {}
-    path, number = _loaded(r"libnccl\.so\S*"), ctypes.c_int()
-    if path:
+    for path in _loaded(r"libnccl\.so\S*"):
+        number = ctypes.c_int()
         ctypes.CDLL(path).ncclGetVersion(ctypes.byref(number))
-    return {"nccl": {"built": built, "path": path, "loaded": number.value}}
+        loaded[path] = number.value
+    return {"nccl": {"built": built, "loaded": loaded}}
 
 
 def _cuda(what: str) -> dict[str, Any]:

@@ -50,17 +50,15 @@ def _framework(name: str, told: Mapping[str, Any], count: int, built: bool) -> C
     return Check(label, "", True, f"built for CUDA {told['version']}, adds up right on {count} of {count}")
 
 
-def _nccl(name: str, built: int, path: str, loaded: int) -> Check:
+def _nccl(name: str, built: int, loaded: Mapping[str, int]) -> Check:
     label = f"NCCL for {name}"
-    if not path:
-        return Check(
-            label, "", False, f"built with {_version(built)}, and none is loaded", f"{SETUP} FRAMEWORKS={name}"
-        )
-    found = f"{_version(loaded)} in {path}; built with {_version(built)}"
-    if loaded < built:
+    told = " and ".join(f"{_version(number)} in {path}" for path, number in loaded.items()) or "none is loaded"
+    found = f"{told}; built with {_version(built)}"
+    if min(loaded.values(), default=0) < built:
         fix = f"install {_version(built)} or newer, or build Horovod anew for this one: {SETUP} FRAMEWORKS={name}"
         return Check(label, "", False, found, fix)
-    return Check(label, "", True, found)
+    hint = "" if len(loaded) == 1 else "which of them Horovod calls is chance: take one out of LD_LIBRARY_PATH"
+    return Check(label, "", True, found, hint)
 
 
 def _version(number: int) -> str:
