@@ -34,7 +34,7 @@ int cuDeviceGetName(char *name, int length, int device) {
 }
 int cuDeviceTotalMem_v2(size_t *size, int device) { *size = 80ull << 30; return 0; }
 int cuDeviceGetAttribute(int *value, int which, int device) {
-    *value = which == 20 ? atoi(told("STUB_MODE", "0")) : which == 75 ? 9 : 0;
+    *value = which == 20 ? atoi(told("STUB_MODE", "0")) : 0;
     return 0;
 }
 int cuDeviceCanAccessPeer(int *can, int one, int other) {

@@ -17,7 +17,7 @@ import re
 import resource
 
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI's vendor, and the beginning of the class of what computes or draws
-_MAJOR, _MINOR, _COMPUTE_MODE = 75, 76, 20  # cuda.h: CUdevice_attribute
+_COMPUTE_MODE = 20  # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime-cu11")
 _NCCLS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
 # Which network NCCL takes; as variables, or as lines of its files, which are read first.
@@ -95,18 +95,11 @@ def _device(driver: ctypes.CDLL, number: int) -> int:
 
 
 def _gpu(driver: ctypes.CDLL, device: int) -> dict:
-    name, memory = ctypes.create_string_buffer(96), ctypes.c_size_t()
+    name, memory, mode = ctypes.create_string_buffer(96), ctypes.c_size_t(), ctypes.c_int()
     driver.cuDeviceGetName(name, len(name), device)
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    told = [_attribute(driver, device, which) for which in (_MAJOR, _MINOR, _COMPUTE_MODE)]
-    text = name.value.decode(errors="replace")
-    return {"name": text, "memory": memory.value, "capability": told[:2], "mode": told[2]}
-
-
-def _attribute(driver: ctypes.CDLL, device: int, which: int) -> int:
-    found = ctypes.c_int()
-    driver.cuDeviceGetAttribute(ctypes.byref(found), which, device)
-    return found.value
+    driver.cuDeviceGetAttribute(ctypes.byref(mode), _COMPUTE_MODE, device)
+    return {"name": name.value.decode(errors="replace"), "memory": memory.value, "mode": mode.value}
 
 
 def _reaches(driver: ctypes.CDLL, one: int, other: int) -> bool:

@@ -149,11 +149,8 @@ def _driver(seen: Gpus, host: str) -> Check:
         return Check("GPU driver", host, False, found, _FIXES.get(number, _LOOK))
     newest = max(seen.runtimes, key=_major, default="")
     if _major(newest) > seen.serves[0]:
-        wanted = _major(newest)
-        fix = (
-            f"a driver of version {_OLDEST_DRIVER.get(wanted, 'newer')} or later there, or a framework built for CUDA "
-        )
-        fix += f"{seen.serves[0]}"
+        oldest = _OLDEST_DRIVER.get(_major(newest), "that serves it")
+        fix = f"install driver {oldest} or later there, or here a framework that was built for CUDA {seen.serves[0]}"
         return Check("GPU driver", host, False, f"{version}; the environment's CUDA is {newest}", fix)
     return Check("GPU driver", host, True, version)
 
@@ -179,14 +176,12 @@ def _gpus(seen: Gpus, host: str, ranks: int | None, built: bool) -> Check:
     found = f"{found} for {ranks} rank{'' if ranks == 1 else 's'}"
     if not built:
         return Check("GPUs", host, True, found, f"to train on them: {SETUP}")
-    fix = ""
-    if ranks > count:
-        fix = f"plan {count} there: by -np or slots={count}"
-        exclusive = _EXCLUSIVE in seen.modes
-        fix += (
-            "; their compute mode lets none be shared" if exclusive else ", or let ranks share them with --share-gpus"
-        )
-    return Check("GPUs", host, ranks <= count, found, fix)
+    if ranks <= count:
+        return Check("GPUs", host, True, found)
+    share = "let ranks share them with --share-gpus"
+    if _EXCLUSIVE in seen.modes:
+        share += ", once `nvidia-smi -c DEFAULT` lets programs share one"
+    return Check("GPUs", host, False, found, f"plan {count} there, by -np or slots={count}; or {share}")
 
 
 def _peers(seen: Gpus, host: str) -> Check:
@@ -194,10 +189,8 @@ def _peers(seen: Gpus, host: str) -> Check:
     if not seen.apart:
         return Check("peer access", host, True, "each GPU reaches every other's memory")
     shown = ", ".join(f"{one}-{other}" for one, other in seen.apart[:4]) + (" …" if len(seen.apart) > 4 else "")
-    hint = (
-        "slower, as NCCL goes through the host's memory there: see `nvidia-smi topo -m`; in a virtual machine, or with "
-    )
-    hint += "an IOMMU or PCI's ACS on, ask your administrator"
+    hint = "NCCL goes through the host's memory there, which is slower: see `nvidia-smi topo -m`; "
+    hint += "an IOMMU, PCI's ACS or a virtual machine may be in the way"
     return Check("peer access", host, None, f"not between {len(seen.apart)} of {pairs} pairs of GPUs: {shown}", hint)
 
 

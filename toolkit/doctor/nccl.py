@@ -56,12 +56,10 @@ def _matching(names: Sequence[str], wanted: str) -> list[str]:
 
 def devices(network: Network) -> list[tuple[str, str, str]]:
     """The ports of RDMA devices that NCCL's settings leave to it, whether or not it can use them."""
-    if (
-        network.settings.get("NCCL_IB_DISABLE", "0") not in ("", "0")
-        or network.settings.get("NCCL_NET", "").lower() == "socket"
-    ):
+    told = network.settings
+    if told.get("NCCL_IB_DISABLE", "0") not in ("", "0") or told.get("NCCL_NET", "").lower() == "socket":
         return []
-    wanted = network.settings.get("NCCL_IB_HCA", "")
+    wanted = told.get("NCCL_IB_HCA", "")
     if not wanted:
         return list(network.ports)
     plain = ",".join(part.partition(":")[0] for part in wanted.split(","))  # a port may be named too
