@@ -19,7 +19,9 @@ from toolkit import launch
 
 NAME = "slurm"
 REACHED = "Unable to contact slurm controller"
-_CONTROLLER = "ClusterName=none\nSlurmctldHost=localhost\nSlurmctldPort=1\nNodeName=node[1-2]\nMessageTimeout=1\n"
+_CONTROLLER = (
+    "ClusterName=none\nSlurmctldHost=localhost\nSlurmctldPort=1\nGresTypes=gpu\nNodeName=node[1-2]\nMessageTimeout=1\n"
+)
 
 
 def needed(name: str, place: Path) -> tuple[str, dict[str, str]]:

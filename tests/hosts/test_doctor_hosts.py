@@ -10,15 +10,16 @@ import pytest
 
 from tests.hosts.cluster import INTERFACE, NAMES
 from tests.launching import BIN, ROOT
+from tests.single import gpu_host
 
 SITE = Path(sysconfig.get_path("purelib"))
 
 
-def doctor(cluster, *options, hosts=(), timeout=240):
+def doctor(cluster, *options, hosts=(), timeout=240, environment=None):
     """Exit code, and checks by name and host; of one framework, as the other would only take longer."""
     which = hosts or ("--hostfile", cluster.hostfile)
     line = [sys.executable, "-m", "toolkit.cli", "doctor", *which, "--json", *options]
-    told = cluster.run("node1", [*line, "--framework", "torch"], timeout=timeout)
+    told = cluster.run("node1", [*line, "--framework", "torch"], timeout=timeout, environment=environment)
     checks = json.loads(told.stdout)["checks"]
     assert not told.stderr.strip()
     return told.returncode, {(check["name"], check["host"]): check for check in checks}
@@ -64,7 +65,29 @@ def test_an_all_reduce_that_fails_has_its_reason(cluster, tmp_path):
     code, checks = doctor(cluster)
     assert code == 1 and wrong(checks) == {("torch over hosts", "")}, [checks[key] for key in wrong(checks)]
     check = checks["torch over hosts", ""]
-    assert "orted: Permission denied" in check["found"] and check["fix"].endswith("all_reduce torch 3"), check
+    assert "orted: Permission denied" in check["found"] and check["fix"].endswith("all_reduce torch 3 cpu"), check
+
+
+@pytest.mark.long
+def test_hosts_whose_gpus_differ(cluster, tmp_path):
+    """Their drivers are stubs, and Horovod's library is one for CPUs to which a symbol of NCCL was added."""
+    gpu_host.build(tmp_path)
+    other, named = tmp_path / "other", tmp_path / "named"
+    other.mkdir()
+    gpu_host.build(other, {"libnccl.so.2": gpu_host.LIBRARIES["libnccl.so.2"].replace("22809", "22703")})
+    (library,) = (SITE / "horovod/torch").glob("mpi_lib*.so")
+    named.write_bytes(library.read_bytes() + b"ncclAllReduce")
+    for host in NAMES:
+        cluster.bind(host, named, library)
+    cluster.bind("node2", other / "libnccl.so.2", tmp_path / "libnccl.so.2")
+    code, checks = doctor(cluster, environment={"LD_LIBRARY_PATH": str(tmp_path)})
+    over = checks["torch over hosts, GPUs", ""]
+    expected = {("GPUs alike", "node2"), ("torch on GPUs", ""), ("torch over hosts, GPUs", "")}
+    assert code == 1 and wrong(checks) == expected, [checks[key] for key in wrong(checks)]
+    assert checks["GPUs alike", "node2"]["found"] == "NCCL 2.27.3, most others 2.28.9"
+    assert all(checks["NCCL network", host]["found"] == f"sockets over {INTERFACE}" for host in NAMES)
+    assert checks["GPUs", "node3"]["found"] == "1 × NVIDIA Stub 80GB of 80 GiB for 1 rank"
+    assert "Horovod was built without NCCL" in over["found"] and over["found"].endswith("; without node2"), over
 
 
 def down(cluster, place):

@@ -1,5 +1,6 @@
 """`hvdkit doctor` as a user runs it on this machine: well, and with a fault planted."""
 
+import asyncio
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.launching import BIN, MARK, ROOT, clean_environment, kill_marked, marked
-from toolkit.doctor import probe
+from tests.single import gpu_host
+from toolkit import launch
+from toolkit.doctor import measure, probe
 from toolkit.tuning import usable_cores
 
 FRAMEWORKS = [name for name in ("torch", "tensorflow") if probe.package(name, probe.PACKAGES[name])]
@@ -74,6 +77,27 @@ def test_this_machine_is_well(tmp_path):
         assert checks[framework]["ok"] and checks[f"horovod for {framework}"]["ok"]
         assert re.match(r"right on 2 ranks \(CPU\); (1|16) MiB", checks[f"{framework} all-reduce"]["found"])
     assert all(checks[name]["ok"] for name in ("mpirun", "MPI of horovod", "MPI of mpi4py", "cores"))
+
+
+@pytest.mark.long
+def test_a_machine_with_gpus_and_a_horovod_for_cpus(tmp_path):
+    """Whose driver is a stub."""
+    gpu_host.build(tmp_path)
+    environment = {"LD_LIBRARY_PATH": str(tmp_path), "STUB_GPUS": "NVIDIA Stub|NVIDIA Stub"}
+    code, out = doctor("--json", "--framework", SHORTEST, environment=environment)
+    checks = checks_of(out)
+    assert not wrong(checks) - {"/dev/shm", "working directory"}, out
+    assert checks["GPU driver"]["ok"] and checks["GPUs"]["found"] == "2 × NVIDIA Stub of 80 GiB"
+    assert checks["GPUs"]["fix"] == "to train on them: make setup GPU=1" and "(CPU)" in out and "NCCL" not in out
+    assert "nvcc" in checks["compilers"]["found"]
+
+
+@pytest.mark.skipif(bool(probe.gpu_build()), reason="Horovod was built with NCCL here")
+def test_an_all_reduce_on_gpus_without_nccl_says_so():
+    mpirun = launch.find("mpirun", os.environ)
+    check = asyncio.run(measure.check(SHORTEST, (), {}, mpirun, [2]))
+    assert check.ok is False and check.name == f"{SHORTEST} all-reduce, GPUs"
+    assert check.found.endswith("RuntimeError: Horovod was built without NCCL") and "NCCL_DEBUG=INFO" in check.fix
 
 
 def program(folder, name, text):

@@ -14,7 +14,9 @@ from toolkit import cli
 
 GUIDE = re.search(r"\n## From one machine to many\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 SLURM, PBS = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
-COMMANDS = re.findall(r"^(?:    )?(hvdkit .*)$", GUIDE, re.MULTILINE)
+GPUS = (ROOT / "docs" / "gpus.md").read_text()
+(SLURM_GPUS,) = re.findall(r"```bash\n(.*?)```", GPUS, re.DOTALL)
+COMMANDS, COMMANDS_GPUS = (re.findall(r"^(?:    )?(hvdkit .*)$", text, re.MULTILINE) for text in (GUIDE, GPUS))
 NODES = "node1\n" * 4 + "node2\n" * 4
 DRY = """hvdkit() { command hvdkit "$1" --dry-run "${@:2}"; }; export -f hvdkit; exec bash script"""
 
@@ -63,7 +65,7 @@ def dry(site, script, environment):
 TRAINS = ["python", "recipes/cnn_torch.py", "--output", "runs/cnn", "--resume", "--checkpoint-steps", "100"]
 
 
-@pytest.mark.parametrize("script", [SLURM, PBS], ids=["Slurm", "PBS"])
+@pytest.mark.parametrize("script", [SLURM, PBS, SLURM_GPUS], ids=["Slurm", "PBS", "Slurm with GPUs"])
 def test_bash_reads_the_scripts(script, tmp_path):
     (tmp_path / "script").write_text(script)
     assert run(tmp_path, "bash", "-n", "script") == ("", 0)
@@ -77,6 +79,20 @@ def test_what_the_slurm_script_launches(site):
     assert words[:6] == expected and words[-7:] == TRAINS and f"--chdir={site}" in words
     without = dry(site, SLURM.replace("--launcher srun ", ""), job)
     assert without[:5] == ["mpirun", "-np", "8", "-H", "node1:4,node2:4"]
+
+
+def test_what_the_slurm_script_with_gpus_launches(site):
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_CPUS_PER_TASK": "8"}
+    words = dry(
+        site, SLURM_GPUS, {**job, "SLURM_GPUS_PER_NODE": "4", "NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "9"}
+    )
+    assert (
+        words[0] == "srun"
+        and "--ntasks-per-node=4" in words
+        and words[words.index("python") :][2:4] == ["--device", "gpu"]
+    )
+    (export,) = (word for word in words if word.startswith("--export="))
+    assert "NCCL_DEBUG" in export and "CUDA_VISIBLE_DEVICES" not in export  # which Slurm sets for each task
 
 
 def test_what_the_pbs_script_launches(site):
@@ -122,8 +138,9 @@ def test_sbatch_takes_the_directives(tmp_path):
     if slurm.REACHED not in (bare := told("#!/bin/bash\ntrue\n")):
         pytest.skip(f"sbatch does not begin here: {bare.strip().splitlines()[-1:]}")
     assert "unrecognized option" in told(SLURM.replace("--requeue", "--no-such-option"))
-    said = told(SLURM)
-    assert slurm.REACHED in said and "option" not in said and "nvalid" not in said
+    for script in (SLURM, SLURM_GPUS):
+        said = told(script)
+        assert slurm.REACHED in said and "option" not in said and "nvalid" not in said
 
 
 def parser_of(name):
@@ -132,7 +149,7 @@ def parser_of(name):
     return commands.choices.get(name)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [*COMMANDS, *COMMANDS_GPUS])
 def test_hvdkit_has_the_options(line):
     words = shlex.split(line)
     parser = parser_of(words[1])
@@ -157,9 +174,10 @@ def test_what_the_commands_of_ssh_hosts_say(site):
 
 def test_the_guide_has_the_commands():
     assert [line.split()[1] for line in COMMANDS] == ["hosts", "doctor", "launch", "launch", "launch"]
+    assert [line.split()[1] for line in COMMANDS_GPUS] == ["doctor", "launch", "launch"]
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/many_hosts.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/many_hosts.md", "docs/gpus.md"])
 def test_links_lead_to_files(file):
     text = (ROOT / file).read_text() if file != "README.md" else GUIDE
     links = re.findall(r"\]\(([^)#:]+)\)", text)

@@ -46,7 +46,16 @@ def test_script_on_ones_own_data(run, tmp_path):
     assert printed.count("1000 samples, 0 missed, 0 repeated") == 2
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/data.md"])
+EACH = [pytest.param(run, marks=[] if run == "torch" else [pytest.mark.long]) for run in RUNS]
+
+
+@pytest.mark.parametrize("run", EACH)
+def test_script_of_mixed_precision(run, tmp_path):
+    """On CPUs, where it trains in float16 too."""
+    launch_checked("docs/gpus.md", run, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/data.md", "docs/gpus.md"])
 def test_there_is_a_script_for_each_framework(file):
     assert len(scripts(file)) == 3
 

@@ -563,7 +563,7 @@ def test_an_all_reduce_over_hosts_that_fails_has_its_reason_and_its_command(tmp_
     names = [Host(f"node{number}.a-cluster-of-long-names.example.org", user="bob") for number in range(20)]
     check = asyncio.run(measure.check("torch", names, {**NOTHING_GIVEN, "interface": "eth0"}, mpirun))
     assert check.ok is False and check.found.startswith(f"exit code 1: {said[0]} ORTE was unable to reliably")
-    assert check.fix.startswith(f"by hand: {mpirun.program} -np 20 ") and check.fix.endswith(" torch 20")
+    assert check.fix.startswith(f"by hand: {mpirun.program} -np 20 ") and check.fix.endswith(" torch 20 cpu")
 
 
 @pytest.mark.parametrize(

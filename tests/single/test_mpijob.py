@@ -100,6 +100,17 @@ def test_what_the_controller_refuses_beside_types():
         assert "restartPolicy" not in pod(role)  # the operator takes that of the replicas
 
 
+def test_with_gpus_there_is_one_for_each_rank():
+    """As the manifest's comment has it."""
+    text = (ROOT / "docs" / "mpijob.yaml").read_text()
+    text, count = re.subn(r"\n +limits: [^\n]*\n +# With GPUs[^\n]*\n( +)# (limits: )", r"\n\1\2", text)
+    job = yaml.safe_load(text)
+    limits = container("Worker", job)["resources"]["limits"]
+    assert count == 1 and mistakes(job, OURS) == []
+    assert limits.pop("nvidia.com/gpu") == job["spec"]["slotsPerWorker"]
+    assert limits == container("Worker")["resources"]["limits"]
+
+
 def written_by_the_operator(job=JOB):
     """/etc/mpi/hostfile, as the operator's controller writes it for Open MPI."""
     name, spec = job["metadata"]["name"], job["spec"]

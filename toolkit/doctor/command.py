@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from toolkit import hostfile, launch
-from toolkit.doctor import environment, hosts, local, measure, probe
+from toolkit.doctor import environment, hosts, local, measure, on_gpus, probe
 from toolkit.doctor.checks import Check, document, show
 from toolkit.doctor.login import Ssh
 from toolkit.errors import UsageError
@@ -139,11 +139,15 @@ async def _look(
         frameworks = [name for name in plan.frameworks if f"horovod for {name}" in tried]
         for framework in frameworks:
             tell([await measure.check(framework, (), {}, mpirun)])
+            if gpus := on_gpus.ready(framework, facts, everything):
+                tell([await measure.check(framework, (), {}, mpirun, [gpus])])
         if looking is not None:
             all_seen = await looking
             tell([check for seen in all_seen for check in seen.checks])
             for framework in frameworks:
                 tell([await _over_hosts(framework, plan, all_seen, mpirun)])
+                if framework in facts["gpu_build"]:
+                    tell(await _over_gpus(framework, plan, all_seen, mpirun))
     finally:
         if looking is not None:
             looking.cancel()
@@ -176,8 +180,23 @@ async def _over_hosts(
     if why:
         return Check(f"{framework} over hosts", "", None, f"left out: {why}")
     found = await measure.check(framework, healthy, plan.given, mpirun)
-    more = f"; without {', '.join(left_out[:4])}{' …' if len(left_out) > 4 else ''}" if left_out else ""
-    return Check(found.name, "", found.ok, found.found + more, found.fix)
+    return Check(found.name, "", found.ok, found.found + _without(left_out), found.fix)
+
+
+async def _over_gpus(
+    framework: str, plan: _Plan, all_seen: Sequence[hosts.Seen], mpirun: Installed | UsageError
+) -> list[Check]:
+    job = plan.of_hosts()
+    able = {seen.host: count for seen in all_seen if (count := seen.gpus(job))}
+    if not able or (len(all_seen) == 1 and all_seen[0].here):
+        return []
+    found = await measure.check(framework, list(able), plan.given, mpirun, list(able.values()))
+    left_out = [seen.host.name for seen in all_seen if seen.host not in able]
+    return [Check(found.name, "", found.ok, found.found + _without(left_out), found.fix)]
+
+
+def _without(names: Sequence[str]) -> str:
+    return f"; without {', '.join(names[:4])}{' …' if len(names) > 4 else ''}" if names else ""
 
 
 def _end(checks: Sequence[Check], seconds: float, as_json: bool) -> int:

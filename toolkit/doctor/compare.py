@@ -68,6 +68,9 @@ def _packages(here: Facts, there: Facts, host: str) -> Check:
         differences.append(f"{name} {told[0]}, here {told[1]}")
     if there["built_for"] != here["built_for"]:
         differences.append(f"horovod built for {_built(there)}, here for {_built(here)}")
+    if there["gpu_build"] != here["gpu_build"]:
+        with_nccl = [", ".join(facts["gpu_build"]) or "nothing" for facts in (there, here)]
+        differences.append(f"horovod with NCCL for {with_nccl[0]}, here for {with_nccl[1]}")
     if differences:
         fix = "install what this machine has, at the same paths: `python -m pip freeze` on both shows all"
         return Check("packages", host, False, "; ".join(differences), fix)

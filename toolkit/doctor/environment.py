@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from toolkit import launch
-from toolkit.doctor import probe
+from toolkit.doctor import gpus, nccl, probe
 from toolkit.doctor.checks import one_line
 from toolkit.doctor.resources import amount
 from toolkit.horovod_build.__main__ import read_stamp
@@ -21,8 +21,10 @@ from toolkit.horovod_build.__main__ import read_stamp
 _SHOWN = (
     *("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_btl", "OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_pml"),
     *("OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_oob_tcp_if_include", "UCX_TLS", "UCX_NET_DEVICES", "FI_PROVIDER"),
-    *("CUDA_VISIBLE_DEVICES", "TF_ENABLE_ONEDNN_OPTS", "MKL_NUM_THREADS", "LD_PRELOAD", "PYTHONHASHSEED"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "TF_FORCE_GPU_ALLOW_GROWTH", "PYTORCH_CUDA_ALLOC_CONF"),
+    *("XLA_FLAGS", "TF_ENABLE_ONEDNN_OPTS", "MKL_NUM_THREADS", "LD_PRELOAD", "PYTHONHASHSEED"),
     *("SLURM_NTASKS", "SLURM_NNODES", "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_MPI_TYPE"),
+    *("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE", "SLURM_GPU_BIND"),
 )
 _HOMES = re.compile(r"(/home|/Users)/[^/:\s]+")
 _LOGINS = re.compile(r"://[^/@\s]+@")
@@ -57,6 +59,7 @@ def report(environ: Mapping[str, str]) -> dict[str, str]:
         "memory": amount(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         "/dev/shm": amount(facts["shm"][1]) + " free" if facts["shm"] else "none",
     }
+    found |= _gpus(facts)
     found |= {f"${name}": value for name, value in _variables(environ).items()}
     return {name: one_line(without_names(value, environ), 2000) for name, value in found.items()}
 
@@ -79,6 +82,22 @@ def without_names(text: str, environ: Mapping[str, str]) -> str:
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
     names = [*launch.travelling((), environ, {}), *(name for name in _SHOWN if name in environ)]
     return {name: environ[name] for name in names if not launch.SECRET.search(name)}
+
+
+def _gpus(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Driver, GPUs, CUDA and NCCL; {} on a machine without any."""
+    seen = gpus.read(facts)
+    if seen is None:
+        return {}
+    serves = f"{seen.driver or 'of unknown version'}, serves CUDA {seen.serves[0]}.{seen.serves[1]}"
+    return {
+        "GPU driver": serves if seen.error is None else f"{serves}, error {seen.error[0]}: {seen.error[1]}",
+        "GPUs": seen.described() or f"none visible, of {seen.on_bus} on the PCI bus",
+        "CUDA": ", ".join(seen.runtimes) or "of no package",
+        "NCCL": seen.nccl or "not found",
+        "horovod with NCCL for": ", ".join(facts["gpu_build"]) or "nothing",
+        "NCCL network": nccl.check(seen.network, "", None).found,
+    }
 
 
 def _toolkit(facts: Mapping[str, Any]) -> str:

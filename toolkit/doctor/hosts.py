@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolkit.doctor import compare, login
+from toolkit.doctor import compare, gpus, login
 from toolkit.doctor.checks import Check
 from toolkit.doctor.login import Ssh
 from toolkit.doctor.peer import Ended, NoAnswer, Peer
@@ -88,6 +88,12 @@ class Seen:
         there = self.facts is not None and self.facts["directory"]["space"] is not None
         needed = (*_NEEDED, "interface") if job.interface else _NEEDED
         return there and not any(check.ok is False and check.name in needed for check in self.checks)
+
+    def gpus(self, job: Look) -> int:
+        """GPUs with which it can take part in an all-reduce."""
+        seen = gpus.read(self.facts) if self.facts is not None and self.healthy(job) else None
+        wrong = any(check.ok is False and check.name in gpus.NEEDED for check in self.checks)
+        return 0 if seen is None or wrong else len(seen.names)
 
 
 class _Failed(Exception):
@@ -233,7 +239,7 @@ async def _examine(seen: Seen, job: Look, here: compare.Facts) -> None:
     try:
         skew = compare.clock(*await peer.clock(), name)
         facts = await peer.become_probe(job.environment, job.directory, job.data_dir)
-        judged = judge(here, facts, name, job.ranks.get(name))
+        judged = judge(here, facts, name, job.ranks.get(name), job.interface)
     except NoAnswer as error:
         if peer.python != here["python"][0]:
             seen.stage = "python"
@@ -249,15 +255,19 @@ async def _examine(seen: Seen, job: Look, here: compare.Facts) -> None:
     seen.checks += [*judged, skew]
 
 
-def judge(here: compare.Facts, facts: compare.Facts, host: str, ranks: int | None) -> list[Check]:
+def judge(
+    here: compare.Facts, facts: compare.Facts, host: str, ranks: int | None, interface: str | None = None
+) -> list[Check]:
     """A host's facts against this machine's, and against the ranks that are planned there.
 
     Raises:
         NoAnswer: they don't have the form of `probe.facts`.
     """
     try:
-        compare.interfaces({host: facts}, None)  # compared later, with the others'
-        return [*compare.same(here, facts, host), *resources(facts, host, ranks)]
+        for between in (compare.interfaces, gpus.alike):
+            between({host: facts}, None)  # compared later, with the others'
+        own = [*resources(facts, host, ranks), *gpus.of_host(facts, host, ranks, interface)]
+        return [*compare.same(here, facts, host), *own]
     except Exception as error:  # another host's words, in which anything may be
         raise NoAnswer(f"its facts are of another form ({type(error).__name__}: {error})") from None
 
@@ -267,10 +277,9 @@ async def _between(all_seen: Sequence[Seen], job: Look) -> None:
     there = {seen.host.name: seen for seen in all_seen if seen.facts is not None and seen.peer is not None}
     if len(there) < 2:
         return
-    checks, addresses = compare.interfaces(
-        {name: seen.facts for name, seen in there.items() if seen.facts}, job.interface
-    )
-    for check in checks:
+    facts = {name: seen.facts for name, seen in there.items() if seen.facts}
+    checks, addresses = compare.interfaces(facts, job.interface)
+    for check in [*checks, *gpus.alike(facts, job.interface)]:
         there[check.host].checks.append(check)
     doors = dict(
         zip(there, await asyncio.gather(*(_door(seen, addresses, job) for seen in there.values())), strict=True)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from toolkit.doctor import imports, probe, processes
+from toolkit.doctor import gpus, imports, on_gpus, probe, processes
 from toolkit.doctor.checks import Check
 from toolkit.doctor.compare import Facts
 from toolkit.doctor.resources import resources
@@ -51,8 +51,8 @@ async def look(
     found = [*frameworks(facts, imported, wanted), *horovod(facts, imported, wanted), *_mpi(facts, imported, mpirun)]
     for check in found:
         yield check
-    yield await _compilers()
-    for check in resources(facts, "", ranks):
+    yield await _compilers(with_cuda=bool(facts["gpus"]))
+    for check in [*resources(facts, "", ranks), *gpus.of_host(facts, "", ranks), *on_gpus.checks(facts, imported)]:
         yield check
 
 
@@ -232,7 +232,7 @@ def _named(mpirun: Installed) -> str:
     return f"{mpirun.mpi} {'.'.join(map(str, mpirun.version))}"
 
 
-async def _compilers() -> Check:
+async def _compilers(with_cuda: bool) -> Check:
     """What there is to build Horovod anew with; nothing else needs it."""
     found = []
     for name in (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "make"):
@@ -243,4 +243,14 @@ async def _compilers() -> Check:
         said = (await processes.run([path, "--version"], 10)).out
         version = re.search(r"\d+\.\d+(?:\.\d+)?", said.partition("\n")[0].rpartition(")")[2] or said)
         found.append(f"{name} {version[0] if version else ''}".strip())
+    if with_cuda:
+        found.append(await _nvcc())
     return Check("compilers", "", True, ", ".join(found))
+
+
+async def _nvcc() -> str:
+    path = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]))
+    if path is None:
+        return "no nvcc, which a build for GPUs needs"
+    version = re.search(r"release (\d+\.\d+)", (await processes.run([path, "--version"], 10)).out)
+    return f"nvcc {version[1] if version else ''}".strip()

@@ -21,7 +21,11 @@ SECONDS = 120.0  # that one may take, most of it to import the framework on ever
 
 
 async def check(
-    framework: str, hosts: Sequence[Host], given: Mapping[str, Any], mpirun: Installed | UsageError
+    framework: str,
+    hosts: Sequence[Host],
+    given: Mapping[str, Any],
+    mpirun: Installed | UsageError,
+    gpus: Sequence[int] = (),
 ) -> Check:
     """An all-reduce of one rank on each host, or 2 on a single one; without hosts, of 2 ranks on this machine.
 
@@ -30,17 +34,20 @@ async def check(
         hosts: that can take part.
         given: the interface and ssh's port and key, as `launch.Specification` has them.
         mpirun: what there is to launch with, or why there is nothing.
+        gpus: where it is to be of one rank on each GPU, how many each host has; without hosts, this machine.
     """
-    label = f"{framework} over hosts" if hosts else f"{framework} all-reduce"
+    label = (f"{framework} over hosts" if hosts else f"{framework} all-reduce") + (", GPUs" if gpus else "")
     if isinstance(mpirun, UsageError):
         return Check(label, "", False, "there is no mpirun to start it", "mend that first: see mpirun above")
-    ranks = max(2, len(hosts))
+    ranks = sum(gpus) or max(2, len(hosts))
+    slots = gpus or [ranks // len(hosts) for _ in hosts]
+    device = "gpu" if gpus else "cpu"
     try:
         made = launch.command(
             Specification(
-                command=(sys.executable, "-m", all_reduce.__name__, framework, str(ranks)),
+                command=(sys.executable, "-m", all_reduce.__name__, framework, str(ranks), device),
                 directory=os.getcwd(),
-                hosts=tuple(Host(host.name, ranks // len(hosts), None, host.user) for host in hosts),
+                hosts=tuple(Host(host.name, n, None, host.user) for host, n in zip(hosts, slots, strict=False)),
                 ranks=ranks,
                 **given,
             ),
@@ -51,7 +58,7 @@ async def check(
         found, _, fix = str(error).rpartition(": ")
         return Check(label, "", False, found or fix, fix)
     ended = await processes.run(made.words, SECONDS, {**os.environ, **made.environment})
-    return _outcome(label, ended, f"by hand: {made}")
+    return _outcome(label, ended, f"by hand{', and with NCCL_DEBUG=INFO' if gpus else ''}: {made}")
 
 
 def _outcome(label: str, ended: processes.Ended, fix: str) -> Check:
@@ -84,9 +91,13 @@ def described(result: Mapping[str, Any]) -> str:
     ranks, size, seconds = result["ranks"], result["bytes"], result["seconds"]
     algorithm = size / seconds / 1e9
     bus = algorithm * 2 * (ranks - 1) / ranks
-    large = f", as {amount(all_reduce.LARGE)} would take over {all_reduce.SLOW:g} s," if size < all_reduce.LARGE else ""
+    on_gpu = result.get("device") == "gpu"
+    largest = all_reduce.LARGE_ON_GPU if on_gpu else all_reduce.LARGE
+    large = f", as {amount(largest)} would take over {all_reduce.SLOW:g} s," if size < largest else ""
+    where = "(GPU, by NCCL)" if on_gpu else "(CPU)"
+    right = f"right on {ranks} rank{'' if ranks == 1 else 's'} {where}"
     return (
-        f"right on {ranks} ranks (CPU); {amount(size)}{large} in {seconds * 1e3:.3g} ms: algorithm bandwidth "
+        f"{right}; {amount(size)}{large} in {seconds * 1e3:.3g} ms: algorithm bandwidth "
         f"{algorithm:.2g} GB/s, bus bandwidth {bus:.2g} GB/s; 4 bytes in {result['latency'] * 1e3:.2g} ms "
         f"(medians of {all_reduce.ROUNDS} and {all_reduce.LATENCY_ROUNDS})"
     )

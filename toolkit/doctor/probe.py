@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -65,6 +66,7 @@ os.execve(sys.executable, [sys.executable, "-c", start, job["source"], TOKEN], o
 """
 )
 
+_GPU_SECONDS = 60  # a driver that keeps no state between programs takes some for each GPU
 _LONGEST_LIFE = 900  # seconds: a probe whose doctor has vanished without a word ends by itself
 _SIOCGIFADDR, _SIOCGIFNETMASK, _SIOCGIFFLAGS = 0x8915, 0x891B, 0x8913  # linux/sockios.h
 _IFF_UP, _IFF_LOOPBACK = 0x1, 0x8
@@ -88,6 +90,8 @@ def facts(directory: str, data_dir: str | None = None) -> dict:
         "directory": {"space": space(directory), "writable": os.access(directory, os.W_OK | os.X_OK)},
         "interfaces": interfaces(),
         "data": data(data_dir),
+        "gpu_build": gpu_build(),
+        "gpus": gpus(),
     }
 
 
@@ -150,6 +154,34 @@ def cores() -> list:
     with contextlib.suppress(Exception):  # a host may have no toolkit, or another
         usable = importlib.import_module("toolkit.tuning").usable_cores()
     return [count, usable]
+
+
+def gpu_build() -> list:
+    """The frameworks for which Horovod was built with NCCL, by the names that its libraries ask for."""
+    found = []
+    for path in glob.glob(os.path.join(_place("horovod") or os.devnull, "*", "mpi_lib*.so")):
+        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+            library = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if library.find(b"ncclAllReduce") >= 0:
+                found.append(os.path.basename(os.path.dirname(path)))
+    return sorted(found)
+
+
+def gpus() -> dict:
+    """What `gpu_probe` tells; {} where there is no GPU, nor its driver; where it says nothing, the `failure`."""
+    path = os.path.join(_place("toolkit") or os.devnull, "doctor", "gpu_probe.py")
+    if not os.path.isfile(path):
+        return {}
+    try:
+        asked = subprocess.run([sys.executable, path], capture_output=True, timeout=_GPU_SECONDS)
+        if not asked.returncode:
+            return json.loads(asked.stdout.splitlines()[-1])
+        said = asked.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {asked.returncode}"]
+        return {"failure": said[0]}
+    except subprocess.TimeoutExpired:
+        return {"failure": f"no answer in {_GPU_SECONDS} s"}
+    except (OSError, ValueError, IndexError) as error:
+        return {"failure": f"{type(error).__name__}: {error}"}
 
 
 def space(path: str) -> list | None:

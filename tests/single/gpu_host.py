@@ -1,0 +1,62 @@
+"""A driver, NVML and NCCL that are played by stubs, for programs started with their directory in LD_LIBRARY_PATH.
+
+What they answer stands in the environment: STUB_VERSION, STUB_INIT, STUB_GPUS (names, split by |), STUB_MODE,
+STUB_APART (the numbers of two GPUs, such as 01), STUB_HANG, STUB_CRASH, STUB_NCCL.
+"""
+
+import subprocess
+
+_CUDA = r"""
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static const char *told(const char *name, const char *otherwise) { return getenv(name) ? getenv(name) : otherwise; }
+int cuDriverGetVersion(int *version) { *version = atoi(told("STUB_VERSION", "13000")); return 0; }
+int cuInit(unsigned flags) {
+    if (getenv("STUB_HANG")) pause();
+    if (getenv("STUB_CRASH")) abort();
+    return atoi(told("STUB_INIT", "0"));
+}
+int cuGetErrorName(int number, const char **text) { *text = "CUDA_ERROR_OF_THE_STUB"; return 0; }
+int cuDeviceGetCount(int *count) {
+    const char *names = told("STUB_GPUS", "NVIDIA Stub 80GB");
+    for (*count = *names ? 1 : 0; *names; names++) *count += *names == '|';
+    return 0;
+}
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetName(char *name, int length, int device) {
+    const char *names = told("STUB_GPUS", "NVIDIA Stub 80GB");
+    while (device) device -= *names++ == '|';
+    size_t size = strcspn(names, "|");
+    memcpy(name, names, size);
+    name[size] = 0;
+    return 0;
+}
+int cuDeviceTotalMem_v2(size_t *size, int device) { *size = 80ull << 30; return 0; }
+int cuDeviceGetAttribute(int *value, int which, int device) {
+    *value = which == 20 ? atoi(told("STUB_MODE", "0")) : 0;
+    return 0;
+}
+int cuDeviceCanAccessPeer(int *can, int one, int other) {
+    const char *apart = told("STUB_APART", "");
+    *can = !(*apart && one == apart[0] - '0' && other == apart[1] - '0');
+    return 0;
+}
+"""
+_NVML = r"""
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned length) { strcpy(text, "580.1.2"); return 0; }
+"""
+_NCCL = r"""
+#include <stdlib.h>
+int ncclGetVersion(int *version) { *version = getenv("STUB_NCCL") ? atoi(getenv("STUB_NCCL")) : 22809; return 0; }
+"""
+LIBRARIES = {"libcuda.so.1": _CUDA, "libnvidia-ml.so.1": _NVML, "libnccl.so.2": _NCCL}
+
+
+def build(directory, libraries=LIBRARIES):
+    """Make the stubs; the compiler's error where it can't."""
+    for name, source in libraries.items():
+        words = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", directory / name]
+        subprocess.run(words, input=source, text=True, check=True, capture_output=True)
