@@ -1,7 +1,7 @@
 """What compression of gradients costs and gives between two hosts, over links of several bandwidths.
 
-    python -m tests.benchmarks.compression           # make bench: writes tests/benchmarks/results/compression.md, .json
-    python -m tests.benchmarks.compression --short   # two links and few steps: a look at whether it runs; writes nothing
+    python -m tests.benchmarks.compression           # make bench: writes results/compression.md and .json
+    python -m tests.benchmarks.compression --short   # a look at whether it runs; writes nothing
 
 The hosts are network namespaces and the links shaped in user space (tests/hosts). Schemes take turns within a run, so
 that what else the machine does slows all of them.
@@ -61,7 +61,7 @@ def expected(found, name):
 
 
 def break_even(every, name):
-    """Mbit/s below which a scheme's step was shorter than none's, and before it "over " or "under " where no link tells.
+    """Mbit/s below which a scheme's step was shorter than none's, and "over " or "under " where no link was near it.
 
     The difference is a straight line in seconds per bit, here between neighbouring links.
     """
@@ -127,12 +127,12 @@ def pays_table(every):
 
 TEXT = """# What compression costs and gives
 
-Written by `make bench BENCH=compression` on {cores} cores that others use too. Two workers on two hosts, which are network
-namespaces of one machine; {parameters:,} parameters; MPI adds up. Schemes take turns, {turns} of them.
+Written by `make bench BENCH=compression` on {cores} cores that others use too. Two workers on two hosts, which are
+network namespaces of one machine; {parameters:,} parameters; MPI adds up. Schemes take turns, {turns} of them.
 
-Milliseconds a step, median (and range) of the turns; after the semicolon what the toolkit's own measurement expects: the
-step without exchange, the scheme's arithmetic, and its bytes at the link's rate. In the head are the rate that the link
-was given and, in parentheses, what a plain sum of as many values reached, in Mbit/s, which is the one that counts here.
+Milliseconds a step, median (and range) of the turns; after the semicolon what the toolkit's own measurement expects:
+the step without exchange, the scheme's arithmetic, and its bytes at the link's rate. In the head are the rate that the
+link was given and, in parentheses, what a plain sum of as many values reached, in Mbit/s, which is what counts here.
 
 {steps_table}
 

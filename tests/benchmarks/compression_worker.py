@@ -1,4 +1,4 @@
-"""A rank of `compression.py`: trains by each scheme in turns, and rank 0 writes what was measured to the file named first.
+"""A rank of `compression.py`: trains by each scheme in turns, and rank 0 writes what was measured to FILE.
 
     compression_worker.py FILE ROUNDS STEPS WIDTH [WIDTH …]
 
