@@ -7,12 +7,10 @@ import pytest
 from tests.benchmarks import plan_check
 from tests.hosts import results
 
-TABLE = (
-    f"Seconds of a step of `cnn_torch` over links of {plan_check.RATE / 1e6:g} Mbit/s and {plan_check.DELAY * 1e3:g} ms, "
-    "as `hvdkit plan` predicts them and as measured"
-)
-# Of the steps that other work on the machine disturbs least. Without its bytes, 87 kB, a step would be predicted at less
-# than a fifth of that.
+LINKS = f"{plan_check.RATE / 1e6:g} Mbit/s and {plan_check.DELAY * 1e3:g} ms"
+TABLE = f"Seconds of a step of `cnn_torch` over links of {LINKS}, as `hvdkit plan` predicts them and as measured"
+# Of the steps that other work on the machine disturbs least. Without its bytes, 87 kB, a step would be predicted at
+# less than a fifth of that.
 FACTOR = 2
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from toolkit import compression
-from toolkit.compression.cost import Cost, measure, pays_below, table
+from toolkit.compression.cost import Cost, measure, pays_below
 from toolkit.errors import UsageError
 
 NONE = Cost("none", 0.004, 100_000_000)
@@ -28,16 +28,6 @@ def test_what_spares_nothing_never_pays_and_what_costs_nothing_always():
     assert pays_below(Cost("topk", 0.001, 100_000_001), NONE) == 0
     assert pays_below(NONE, NONE) == 0
     assert pays_below(Cost("fp16", 0.004, 99), NONE) == math.inf
-
-
-def test_the_table():
-    costs = [NONE, Cost("fp16", 0.104, 50_000_000), Cost("topk", 0.07, 200_000_000), Cost("int8", 0.001, 25_000_000)]
-    assert table(costs, NONE).splitlines()[2:] == [
-        "| none | 4 | 100 | never |",
-        "| fp16 | 104 | 50 | 4e+03 Mbit/s |",
-        "| topk | 70 | 200 | never |",
-        "| int8 | 1 | 25 | any |",
-    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -88,13 +88,3 @@ def pays_below(cost: Cost, none: Cost) -> float:
     if fewer <= 0:
         return 0.0
     return fewer * 8 / 1e6 / more if more > 0 else math.inf
-
-
-def table(costs: Sequence[Cost], none: Cost) -> str:
-    """Markdown: a line a scheme, with milliseconds and megabytes a step, and from which bandwidth down it pays."""
-    lines = ["| scheme | arithmetic, ms | sent, MB | pays on links below |", "|---|---|---|---|"]
-    for cost in costs:
-        limit = pays_below(cost, none)
-        told = "never" if limit == 0 else "any" if math.isinf(limit) else f"{limit:.3g} Mbit/s"
-        lines.append(f"| {cost.name} | {cost.seconds * 1e3:.3g} | {cost.bytes_sent / 1e6:.3g} | {told} |")
-    return "\n".join(lines)
