@@ -8,6 +8,7 @@ that what else the machine does slows all of them.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,9 @@ from tests.hosts.cluster import INTERFACE, Cluster, missing
 from tests.launching import ROOT
 from toolkit import tuning
 from toolkit.compression import NAMES
-from toolkit.compression.cost import Cost, pays_below
+from toolkit.plan.cost import Link, Links
+from toolkit.plan.schemes import Compression, Gradients
+from toolkit.plan.step import Compute, Training
 
 RESULTS = Path(__file__).parent / "results"
 WORKER = Path(__file__).with_name("compression_worker.py")
@@ -45,19 +48,23 @@ def measure(cluster, rate, rounds, steps, widths=WIDTHS):
     return json.loads(file.read_text()), done.stdout
 
 
-def costs(found):
-    """What the toolkit's own measurement says of each scheme, by name."""
-    return {name: Cost(name, found["arithmetic_seconds"][name], found["bytes_said"][name]) for name in NAMES}
-
-
 def seconds(found, name):
     return statistics.median(found["seconds_per_step"][name])
 
 
 def expected(found, name):
     """Seconds of a step by the toolkit's measurement: computing, arithmetic, and the bytes at the link's rate."""
-    cost = costs(found)[name]
-    return seconds(found, "alone") + cost.seconds + 8 * cost.bytes_sent / found["bits_per_second"]
+    sent = 8 * found["bytes_said"][name] / found["bits_per_second"]
+    return seconds(found, "alone") + found["arithmetic_seconds"][name] + sent
+
+
+def pays_below(found, name, widths=WIDTHS):
+    """Mbit/s below which a scheme pays as `hvdkit plan` has it, from the arithmetic that was measured."""
+    shapes = [shape for inputs, outputs in itertools.pairwise(widths) for shape in ((outputs, inputs), (outputs,))]
+    link = Link.of(DELAY, found["bits_per_second"])
+    training = Training(Compute(seconds(found, "alone")), Gradients.of(shapes), Links(link, link))
+    more = found["arithmetic_seconds"][name] - found["arithmetic_seconds"]["none"]
+    return training.pays_below(len(HOSTS), Compression(name, max(0.0, more))) / 1e6
 
 
 def break_even(every, name):
@@ -66,7 +73,7 @@ def break_even(every, name):
     The difference is a straight line in seconds per bit, here between neighbouring links.
     """
     line = sorted((1 / found["bits_per_second"], seconds(found, "none") - seconds(found, name)) for found in every)
-    for (x, gain), (next_x, next_gain) in zip(line, line[1:], strict=False):
+    for (x, gain), (next_x, next_gain) in itertools.pairwise(line):
         if gain <= 0 < next_gain:
             return 1e-6 / (x - gain * (next_x - x) / (next_gain - gain)), ""
     fastest, slowest = 1e-6 / line[0][0], 1e-6 / line[-1][0]
@@ -116,10 +123,8 @@ def pays_table(every):
         if name == "none":
             rows.append([*cells, "", "", ""])
             continue
-        by_cost = [costs(found) for found in every]
-        guesses = sorted(pays_below(cost[name], cost["none"]) for cost in by_cost)
+        guess = statistics.median(pays_below(found, name) for found in every)
         measured, bound = break_even(every, name)
-        guess = statistics.median(guesses)
         error = "" if bound or math.isinf(guess) else f"{guess / measured - 1:+.0%}"
         rows.append([*cells, mbit(guess), f"{bound}{mbit(measured)}", error])
     return table(["", "MB a step, said", "counted", "pays below, predicted", "measured", "error"], rows)
@@ -137,8 +142,8 @@ link was given and, in parentheses, what a plain sum of as many values reached, 
 {steps_table}
 
 Counted are the bytes that left by the interface, over those that the toolkit says; headers and what TCP sent again
-are in them. A scheme pays on links below so many Mbit/s, as `hvdkit plan` tells from arithmetic and bytes, and as
-the steps above have it.
+are in them. A scheme pays on links below so many Mbit/s, as `hvdkit plan` has it from that arithmetic, and as the steps
+above have it.
 
 {pays_table}
 """
