@@ -55,6 +55,7 @@ class StepTimes:
                 "workers": world.size * world.groups,
                 "local_workers": world.local_size,
                 "cores": tuning.host_cores(),
+                "by_mpi": tuning.is_slowed_down(),
                 "seconds": slowest.tolist(),
             }
             write_whole(self._path, json.dumps(found).encode())

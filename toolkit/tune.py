@@ -41,6 +41,7 @@ _MOST_PAIRS = 8  # of a candidate
 _LAST_PAIRS = 5, 8  # at the end: at least, so that an interval of 90 % can be told, and at most
 
 SETTINGS = ("reducer", "threads", "cycle-time", "yield", "affinity", "fusion", "cache")
+_HOROVODS = ("cycle-time", "fusion", "cache")  # of no matter where MPI adds up the gradients
 # What a run has where nobody sets it. Source: Horovod's docs/tensor-fusion.rst and docs/performance, its common.h.
 _LIBRARIES_OWN = {
     "HOROVOD_FUSION_THRESHOLD": "134217728",
@@ -58,11 +59,13 @@ class Measured:
         name: the script's.
         job: where it ran.
         seconds: each step's, on its slowest rank.
+        by_mpi: whether MPI added up the gradients.
     """
 
     name: str
     job: Job
     seconds: np.ndarray
+    by_mpi: bool = False
 
     def median(self) -> float:
         """Seconds a step after a warm-up, the first fifth of the steps."""
@@ -100,7 +103,8 @@ class Recipe:
             except OSError:
                 raise RunFailed("it left no times of its steps: it must train through toolkit.run.Run") from None
         job = Job(found["framework"], found["workers"], found["local_workers"], found["cores"])
-        return Measured(found["name"], job, np.array(found["seconds"]))
+        by_mpi = found["by_mpi"] and "HOROVOD_CYCLE_TIME" not in environment  # else the cycle tells nothing
+        return Measured(found["name"], job, np.array(found["seconds"]), by_mpi)
 
     def _train(self, environment: dict[str, str], steps: int, output: Path) -> None:
         added = ("--max-steps", str(steps), "--epochs", str(steps), "--output", str(output))
@@ -208,18 +212,20 @@ class Search:
         return paired.gain(ratios)
 
 
-def candidates(job: Job, mpi: str, environ: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+def candidates(first: Measured, mpi: str, environ: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     """The settings to try out, by name, those first of which most is to be expected.
 
     Args:
-        job: the recipe's.
+        first: a run of the recipe with the settings of the beginning.
         mpi: as `tuning.mpi_of` tells it.
         environ: the environment; what a run has already is no candidate.
     """
+    job = first.job
     share = max(1, job.cores // job.local_workers)
     own = {name: value for name, (value, _) in tuning.defaults(mpi).items()}
-    now = {tuned.REDUCER: "auto", tuning.THREADS: environ.get("OMP_NUM_THREADS", str(share)), **_LIBRARIES_OWN}
-    now.update(own | dict(environ))
+    now = {tuning.THREADS: environ.get("OMP_NUM_THREADS", str(share)), **_LIBRARIES_OWN, **own, **environ}
+    if first.by_mpi:
+        now[tuned.REDUCER] = "mpi"
     values: dict[str, tuple[str, Sequence[str]]] = {
         "reducer": (tuned.REDUCER, ("mpi", "horovod") if mpi != "none" else ()),
         "threads": (tuning.THREADS, dict.fromkeys(str(n) for n in (share, 1, job.cores))),  # type: ignore[dict-item]
@@ -296,7 +302,7 @@ def _command(options: argparse.Namespace) -> int:
             f"{1000 * first.median():.3g} ms a step, {search.steps} steps a run of {search.took[-1]:.1f} s", flush=True
         )
         mpi = "" if options.launcher == "srun" else recipe.installed.mpi or "none"
-        found = _search(search, list(candidates(job, mpi, os.environ)), options.settings)
+        found = _search(search, first, list(candidates(first, mpi, os.environ)), options.settings)
         gain = search.confirm(found) if found else None
     return _tell(options, search, first, found, gain)
 
@@ -333,13 +339,18 @@ def _begin(recipe: Recipe, steps: int | None, ended: float) -> tuple[Search, Mea
     return search, first
 
 
-def _search(search: Search, tries: Sequence[tuple[str, dict[str, str]]], settings: Sequence[str]) -> dict[str, str]:
+def _search(
+    search: Search, first: Measured, tries: Sequence[tuple[str, dict[str, str]]], settings: Sequence[str]
+) -> dict[str, str]:
     """Try out one candidate after the other against the best so far, and print each one's ratios."""
     best: dict[str, str] = {}
     for setting, change in tries:
         if setting not in settings:
             continue
         ((name, value),) = change.items()
+        if setting in _HOROVODS and best.get(tuned.REDUCER, "mpi" if first.by_mpi else "") == "mpi":
+            print(f"{name}={value}: not tried, as MPI adds up the gradients", flush=True)
+            continue
         if not search.affords(1 + _LAST_PAIRS[0]):
             print(f"{name}={value}: not tried, for want of --minutes", flush=True)
             continue

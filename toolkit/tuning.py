@@ -139,6 +139,11 @@ def defaults(mpi: str) -> dict[str, tuple[str, str]]:
     return {"OMPI_MCA_mpi_yield_when_idle": _YIELD, **chosen} if mpi in ("Open MPI", "") else chosen
 
 
+def is_slowed_down(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether Horovod's thread has the cycle that it is given where MPI adds up the gradients."""
+    return environ.get("HOROVOD_CYCLE_TIME") == SLOW_CYCLE
+
+
 def choose_environment(
     environ: Mapping[str, str] = os.environ, tuned: Mapping[str, str] | None = None, source: str = ""
 ) -> Choices:

@@ -7,11 +7,10 @@ import pytest
 from tests.benchmarks import plan_check
 from tests.hosts import results
 
-TABLE = (
-    "Seconds of a step of `cnn_torch` over links of 4 Mbit/s and 5 ms, as `hvdkit plan` predicts them and as measured"
-)
-# Of the quickest step, which other work on the machine disturbs least. Without its bytes, 87 kB, a step would be
-# predicted at a fourth of that.
+LINKS = f"{plan_check.RATE / 1e6:g} Mbit/s and {plan_check.DELAY * 1e3:g} ms"
+TABLE = f"Seconds of a step of `cnn_torch` over links of {LINKS}, as `hvdkit plan` predicts them and as measured"
+# Of the steps that other work on the machine disturbs least. Without its bytes, 87 kB, a step would be predicted at
+# less than a fifth of that.
 FACTOR = 2
 
 
@@ -20,7 +19,7 @@ FACTOR = 2
 def test_a_plan_over_slow_links(cluster):
     for what, predicted, (measured,) in plan_check.over_slow_links(cluster, runs=1, algorithms=("ring",)):
         results.note(TABLE, what, "predicted", f"{predicted:.3f}")
-        results.note(TABLE, what, "quickest", f"{min(measured):.3f}")
+        undisturbed = plan_check.undisturbed([measured])
+        results.note(TABLE, what, "undisturbed", f"{undisturbed:.3f}")
         results.note(TABLE, what, "median", f"{statistics.median(measured):.3f}")
-        quickest = min(measured)
-        assert quickest / FACTOR < predicted < quickest * FACTOR, (what, predicted, measured)
+        assert undisturbed / FACTOR < predicted < undisturbed * FACTOR, (what, predicted, measured)

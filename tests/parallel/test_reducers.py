@@ -102,9 +102,10 @@ FLAVOURS = {
     "keras on tensorflow": ("keras", {"KERAS_BACKEND": "tensorflow"}),
     "keras on torch": ("keras", {"KERAS_BACKEND": "torch"}),
 }
-# How far the last epoch's loss may be above that of none, as a share of none's; rounding alone moves it by 6 %. Of
-# top-k's 1 % much is still owed after so few steps: the loss was 1.4 of none's above it.
-DISTANCES = {"fp16": 0.15, "bf16": 0.15, "int8": 0.15, "topk": 2.0, "topk:0.1": 0.15, "powersgd": 0.15}
+# How far the last epoch's loss may be above that of none, as a share of none's; rounding alone moves it by 6 %.
+# PowerSGD's was 10 % below to 35 % above it with 4 seeds, where none's own was 0.12 to 0.17. Of top-k's 1 % much is
+# still owed after so few steps: the loss was 1.4 of none's above it.
+DISTANCES = {"fp16": 0.15, "bf16": 0.15, "int8": 0.15, "topk": 2.0, "topk:0.1": 0.15, "powersgd": 0.6}
 
 
 SHORT_RUNS = [("torch", scheme) for scheme in ("fp16", "int8", "topk:0.1", "powersgd")]

@@ -13,6 +13,7 @@ from toolkit import tuned, tuning
 
 RECIPE = [sys.executable, ROOT / "recipes/linear_regression_torch.py"]
 TUNE = ["-m", "toolkit.cli", "tune"]
+BY_HOROVOD = {tuned.REDUCER: "horovod"}  # whose own settings are tried here
 
 
 def tune(place, *arguments, environment=None, timeout=1900):
@@ -27,7 +28,8 @@ def tune(place, *arguments, environment=None, timeout=1900):
 
 @pytest.mark.timeout(2000)  # half a minute where the machine has nothing else to do
 def test_a_search_tells_its_ratios_and_writes_what_it_found_or_nothing(tmp_path):
-    result = tune(tmp_path, "-np", "2", "--steps", "40", "--minutes", "60", "--settings", "cache", "--", *RECIPE)
+    short = ["-np", "2", "--steps", "40", "--minutes", "60", "--settings", "cache"]
+    result = tune(tmp_path, *short, "--", *RECIPE, environment=BY_HOROVOD)
     assert result.returncode == 0, result.stdout + result.stderr
     head, runs, *candidates, end = result.stdout.splitlines()
     assert head.endswith(f"linear_regression_torch.py: 2 worker(s), {tuning.host_cores()} core(s)")
@@ -42,11 +44,21 @@ def test_a_search_tells_its_ratios_and_writes_what_it_found_or_nothing(tmp_path)
         assert end.startswith("no gain found") and end.endswith("nothing is written")
 
 
+def test_where_mpi_adds_up_horovods_own_settings_are_not_tried(tmp_path):
+    by_mpi = {tuned.REDUCER: "mpi"}
+    short = ["-np", "2", "--steps", "10", "--minutes", "60", "--settings", "cycle-time,cache"]
+    result = tune(tmp_path, *short, "--", *RECIPE, environment=by_mpi)
+    assert result.returncode == 0, result.stdout + result.stderr
+    names = ("HOROVOD_CYCLE_TIME=1", "HOROVOD_CYCLE_TIME=5", "HOROVOD_CACHE_CAPACITY=0")
+    told = [f"{name}: not tried, as MPI adds up the gradients" for name in names]
+    assert result.stdout.splitlines()[2:] == [*told, "no gain found; nothing is written"]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)  # two minutes
 def test_a_bad_setting_is_found_and_the_next_run_is_without_it(tmp_path):
     """Horovod looks at its queue each 0.1 s, which is some 50 times a step's time: hardly any noise hides that."""
-    bad = {"HOROVOD_CYCLE_TIME": "100"}
+    bad = {"HOROVOD_CYCLE_TIME": "100", **BY_HOROVOD}
     recipe = [*RECIPE, "--global-batch-size", "40"]
     short = ["-np", "2", "--steps", "12", "--minutes", "60", "--settings", "cycle-time"]
     result = tune(tmp_path, *short, "--", *recipe, environment=bad, timeout=3500)

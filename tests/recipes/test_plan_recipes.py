@@ -1,6 +1,7 @@
 """`hvdkit plan` on the recipes, as a user runs it: what it measures is what the recipe is."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -27,7 +28,14 @@ def test_a_recipe_and_links_between_workers_here(tmp_path):
     assert 0 < found["compute"]["seconds"] < 1 and 0 <= found["compute"]["fixed"] <= found["compute"]["seconds"]
     assert 0 < found["links"]["local"]["latency"] < 0.1 and found["links"]["local"]["seconds_per_byte"] > 0
     assert {step["workers"] for step in found["steps"]} == {1, 2, 4, 8}
-    assert "2 at a time" in out and "measured on this machine" in out and "Without overlap" in out
+    assert re.search(r"compressing costs a step, measured here: fp16 [\d.e-]+ ms, bf16 .* powersgd [\d.e-]+ ms\n", out)
+    assert "Between hosts it pays on 4 workers where a host's link reaches: fp16 " in out
+    assert (
+        " if it costs less than " not in out
+        and "2 at a time" in out
+        and "measured on this machine" in out
+        and "Without overlap" in out
+    )
     assert not (ROOT / "runs").exists() or all("plan" not in path.name for path in (ROOT / "runs").iterdir())
 
 

@@ -1,6 +1,7 @@
 """Compression: each scheme on ranks that are threads, against a second, plain way to compute what it promises."""
 
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -557,3 +558,19 @@ def test_powersgd_recovers_from_a_gradient_that_left_no_direction():
     given = np.array([first, np.zeros((30, 20)), later, later], np.float32).reshape(4, 1, -1)
     results, _ = averaged("powersgd:2", [(30, 20)], given)
     np.testing.assert_allclose(results[0].sum(0), given.sum((0, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", compression.NAMES)
+def test_a_scheme_takes_one_thread(name):
+    """Other threads would take the cores of a host's other workers, and BLAS' own wait busily between their tasks."""
+
+    def work(wire):
+        compressor, flat = compression.make(name, [(1024, 1024)]), np.ones(1 << 20, np.float32)
+        compressor.average(flat, wire)
+        every, mine = time.process_time(), time.thread_time()
+        for _ in range(10):
+            compressor.average(flat, wire)
+        return time.process_time() - every, time.thread_time() - mine
+
+    ((every, mine),) = Ranks(1).run(work)
+    assert every < 1.3 * mine

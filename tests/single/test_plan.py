@@ -152,6 +152,23 @@ def test_a_compression_is_worth_what_it_saves():
     assert training.affordable(1024, Compression("topk")) < 0, "a hundredth of the values, of a thousand workers"
 
 
+@pytest.mark.parametrize(("workers", "on_host"), [(2, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("name", ["fp16", "int8", "topk"])
+def test_below_its_break_even_a_compression_pays_and_above_it_does_not(name, workers, on_host):
+    local, compression = Link(2e-6, 1e-10), Compression(name, 0.02)
+
+    def training(rate):
+        return Training(Compute(0.1, 32), Gradients(100e6), Links(Link.of(20e-6, rate), local, on_host))
+
+    limit = training(1e9).pays_below(workers, compression)
+    for rate, pays in ((0.99 * limit, True), (1.01 * limit, False)):
+        steps = training(rate).best(workers), training(rate).best(workers, compression=compression)
+        assert (steps[1].seconds < steps[0].seconds) == pays
+    assert training(1e9).pays_below(workers, Compression(name, 1e9)) == 0
+    if (name, workers) == ("fp16", 2):  # by hand: half the bytes spared, for 20 ms
+        assert limit == pytest.approx(8 * 50e6 / 0.02, rel=1e-3)
+
+
 def test_counts_fill_hosts():
     assert step.worker_counts(1, 8) == [1, 2, 4, 8]
     assert step.worker_counts(6, 30) == [1, 2, 4, 6, 12, 24]
@@ -192,6 +209,8 @@ def test_the_verdict_is_of_the_table(capsys):
 def test_a_compression_that_is_told_its_cost(capsys):
     out = told(capsys, *ALL_TOLD, "--compression-ms", "fp16=1", "--compression-ms", "int8=500")
     assert "fp16 saves" in out and "int8 loses" in out and "bf16 if it costs less than" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("Between hosts it pays on 2 workers")]
+    assert line.endswith("fp16 below 4e+02 Gbit/s, int8 below 1.2 Gbit/s.")
 
 
 def test_one_step_of_a_fixed_batch(capsys):

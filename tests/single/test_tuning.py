@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from toolkit import tune, tuned, tuning
@@ -229,32 +230,43 @@ def test_what_is_no_plain_file_is_one_line_too(place):
 
 
 @pytest.mark.parametrize(
-    ("job", "mpi", "environ", "expected"),
+    ("job", "by_mpi", "mpi", "environ", "expected"),
     [
         (
             tuned.Job("torch", 2, 2, 2),
+            False,
             "Open MPI",
             {},
             ["mpi", "horovod", "THREADS=2", "TIME=1", "TIME=5", "idle=0", "AFFINITY=1", "=1048576", "OLD=0", "ITY=0"],
         ),
         (
+            tuned.Job("torch", 2, 2, 2),
+            True,
+            "Open MPI",
+            {},
+            ["horovod", "THREADS=2", "TIME=1", "TIME=5", "idle=0", "AFFINITY=1", "=1048576", "OLD=0", "ITY=0"],
+        ),
+        (
             tuned.Job("torch", 8, 8, 64),
+            False,
             "none",
             {"HOROVOD_CYCLE_TIME": "50", "OMP_NUM_THREADS": "8", AFFINITY: "1"},
             ["THREADS=1", "THREADS=64", "TIME=0.2", "TIME=1", "TIME=5", "AFFINITY=0", "=1048576", "OLD=0", "ITY=0"],
         ),
         (
             tuned.Job("torch", 4, 4, 2),
+            False,
             "MPICH",
             {"OMP_NUM_THREADS": "2"},
             ["mpi", "horovod", "THREADS=1", "TIME=1", "TIME=5", "=1048576", "OLD=0", "ITY=0"],
         ),
     ],
 )
-def test_what_is_tried_is_what_a_run_does_not_have_already(job, mpi, environ, expected):
-    found = [f"{name}={value}" for _, change in tune.candidates(job, mpi, environ) for name, value in change.items()]
+def test_what_is_tried_is_what_a_run_does_not_have_already(job, by_mpi, mpi, environ, expected):
+    first = tune.Measured("x", job, np.ones(9), by_mpi)
+    found = [f"{name}={value}" for _, change in tune.candidates(first, mpi, environ) for name, value in change.items()]
     assert len(found) == len(expected) and all(map(str.endswith, found, expected)), found
-    assert {setting for setting, _ in tune.candidates(job, mpi, environ)} <= set(tune.SETTINGS)
+    assert {setting for setting, _ in tune.candidates(first, mpi, environ)} <= set(tune.SETTINGS)
     for name, value in (word.split("=") for word in found):
         assert re.fullmatch(tuned.ACCEPTED[name], value), "what is tried must be what the file may hold"
 

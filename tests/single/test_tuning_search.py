@@ -22,6 +22,7 @@ class MadeUp(tune.Recipe):
     effects: dict = field(default_factory=dict)
     generator: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     fails: str = ""
+    by_mpi: bool = False
 
     def run(self, settings, steps):
         if self.fails in settings:
@@ -32,7 +33,7 @@ class MadeUp(tune.Recipe):
         seconds *= np.exp(self.generator.normal(scale=0.03))
         times = np.full(steps, seconds)
         times[: steps // 5] = 9.0  # the first steps take long in any run
-        return tune.Measured("made_up", JOB, times)
+        return tune.Measured("made_up", JOB, times, self.by_mpi)
 
 
 def recipe(**more):
@@ -42,7 +43,7 @@ def recipe(**more):
 def search(made_up, tmp_path, capsys, settings=tune.SETTINGS, environ=None):
     """What a search finds, prints and writes."""
     begun, first = tune._begin(made_up, None, time.monotonic() + 600)
-    found = tune._search(begun, list(tune.candidates(JOB, "Open MPI", environ or {})), settings)
+    found = tune._search(begun, first, list(tune.candidates(first, "Open MPI", environ or {})), settings)
     gain = begun.confirm(found) if found else None
     path = tmp_path / "tuned.json"
     options = argparse.Namespace(command=["python", "made_up.py"], launcher="mpirun", output=path)
@@ -78,6 +79,19 @@ def test_a_setting_whose_runs_fail_is_left_out(tmp_path, capsys):
     found, _, printed, path = search(recipe(effects=effects, fails=tuned.REDUCER), tmp_path, capsys)
     assert "HVDKIT_REDUCER=mpi: left out, as a run with it failed: out of luck" in printed
     assert found[FUSION] == "0" and tuned.REDUCER not in found and path.exists()
+
+
+@pytest.mark.parametrize("horovods", [1.2, 0.8])
+def test_horovods_own_settings_are_tried_only_where_horovod_adds_up(tmp_path, capsys, horovods):
+    """Where MPI adds up, Horovod's cycle is another already, and what seemed to be gained by one were mere chance."""
+    effects = {(tuned.REDUCER, "horovod"): horovods, (CYCLE, "5"): 0.7, (FUSION, "0"): 0.7}
+    found, _, printed, _ = search(recipe(effects=effects, by_mpi=True), tmp_path, capsys)
+    not_tried = "not tried, as MPI adds up the gradients"
+    if horovods < 1:
+        assert found[tuned.REDUCER] == "horovod" and found[CYCLE] == "5" and not_tried not in printed
+    else:
+        assert found.keys().isdisjoint({tuned.REDUCER, CYCLE, FUSION}) and f"{CYCLE}=5: {not_tried}\n" in printed
+    assert "HVDKIT_REDUCER=mpi:" not in printed, "what a run has already"
 
 
 def test_a_search_without_time_measures_nothing(tmp_path):

@@ -1,8 +1,4 @@
-"""What a scheme costs and saves, and from which bandwidth down it pays.
-
-A scheme pays where the bytes that it spares would have taken longer than its arithmetic. That compares it with a sum
-that takes only its bytes' time; latency is left out, as all schemes have few messages.
-"""
+"""What a scheme costs, in time and bytes; `hvdkit plan` tells from that on which links it pays."""
 
 from __future__ import annotations
 
@@ -76,25 +72,3 @@ def measure(names: Sequence[str], shapes: Sequence[Sequence[int]], size: int, re
         Cost(name, statistics.median(taken), compressor.bytes_per_step(size))
         for name, compressor, taken in zip(names, compressors, seconds, strict=True)
     ]
-
-
-def pays_below(cost: Cost, none: Cost) -> float:
-    """Mbit/s that a rank's link, or its share of one, may have at most for a scheme to make a step shorter.
-
-    Returns:
-        0 where the scheme spares no bytes, infinity where it takes no more time than none.
-    """
-    more, fewer = cost.seconds - none.seconds, none.bytes_sent - cost.bytes_sent
-    if fewer <= 0:
-        return 0.0
-    return fewer * 8 / 1e6 / more if more > 0 else math.inf
-
-
-def table(costs: Sequence[Cost], none: Cost) -> str:
-    """Markdown: a line a scheme, with milliseconds and megabytes a step, and from which bandwidth down it pays."""
-    lines = ["| scheme | arithmetic, ms | sent, MB | pays on links below |", "|---|---|---|---|"]
-    for cost in costs:
-        limit = pays_below(cost, none)
-        told = "never" if limit == 0 else "any" if math.isinf(limit) else f"{limit:.3g} Mbit/s"
-        lines.append(f"| {cost.name} | {cost.seconds * 1e3:.3g} | {cost.bytes_sent / 1e6:.3g} | {told} |")
-    return "\n".join(lines)

@@ -74,11 +74,15 @@ class Between:
             Horovod's agreement from what is left of a small one.
         all_reduce: seconds of a large all-reduce, `size` bytes.
         size: its bytes.
+        small: seconds of an all-reduce of one number.
+        reducer: horovod or mpi, the quicker one, as `reducer="auto"` takes it.
     """
 
     link: Link
     all_reduce: Spread
     size: int
+    small: float
+    reducer: str
 
 
 def check_command(command: Sequence[str]) -> None:
@@ -245,16 +249,25 @@ def between(name: str, hosts: Sequence[Host], given: Mapping[str, Any], timeout:
     places = tuple(Host(host.name, 2 // len(hosts), None, host.user) for host in hosts)
     alone = _probe(name, 1, (), {}, timeout)
     pairs = [_probe(name, 2, places, given, timeout) for _ in range(ROUNDS)]
+    messages = [pair["message"] for pair in pairs if "message" in pair]
+    message = statistics.median(messages) if messages else None
+    found = [_between("horovod", alone, pairs, message)]
+    if all("mpi" in probe for probe in (alone, *pairs)):
+        found.append(_between("mpi", alone["mpi"], [pair["mpi"] for pair in pairs], message))
+    return min(found, key=lambda way: way.small + way.all_reduce.median)
+
+
+def _between(reducer: str, alone: dict[str, Any], pairs: Sequence[dict[str, Any]], message: float | None) -> Between:
+    """What all-reduces of one worker and of two show, by one reducer."""
     large = Spread.of([pair["seconds"] for pair in pairs])
     small = statistics.median(pair["latency"] for pair in pairs)
     copying = (alone["seconds"] - alone["latency"]) / alone["bytes"]
-    messages = [pair["message"] for pair in pairs if "message" in pair]
     extra = max(0.0, small - alone["latency"])
-    latency = statistics.median(messages) if messages else max(extra / 2, 1e-9)
+    latency = max(extra / 2, 1e-9) if message is None else message
     size = pairs[0]["bytes"]
     # Two workers send each other 2(p - 1)/p = 1 times the bytes.
-    per_byte = max((statistics.median(p["seconds"] for p in pairs) - small) / size - copying, 1e-15)
-    return Between(Link(latency, per_byte, max(0.0, extra - 2 * latency)), large, size)
+    per_byte = max((large.median - small) / size - copying, 1e-15)
+    return Between(Link(latency, per_byte, max(0.0, extra - 2 * latency)), large, size, small, reducer)
 
 
 def _probe(name: str, ranks: int, hosts: Sequence[Host], given: Mapping[str, Any], timeout: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One rank of a measurement of links: `mpirun -np 2 python -m toolkit.plan.probe torch 2`.
 
-A message's seconds from one worker to another, by MPI itself where mpi4py is there; then what
-`toolkit.doctor.all_reduce` measures, by Horovod as the recipes use it.
+A message's seconds from one worker to another and what `toolkit.doctor.all_reduce` measures, by MPI itself where mpi4py
+is there; then the latter by Horovod: the two reducers of the recipes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,22 @@ def latency(communicator: Any) -> float:
     return statistics.median(found) / 2 if found else 0.0
 
 
-def message() -> dict[str, float]:
-    """`{"message": seconds}` where there are several ranks and mpi4py to measure with."""
+def by_mpi() -> dict[str, Any]:
+    """`mpi`: what MPI's own all-reduce takes; `message`: seconds, between ranks. Nothing where mpi4py is missing."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # RuntimeError: it finds no MPI library
         return {}
-    return {"message": latency(MPI.COMM_WORLD)} if MPI.COMM_WORLD.Get_size() > 1 else {}
+    world = MPI.COMM_WORLD
+
+    def reduce(data: np.ndarray, _: str) -> np.ndarray:
+        total = data.copy()
+        world.Allreduce(MPI.IN_PLACE, total)
+        return total
+
+    found = {"mpi": all_reduce.measure(reduce, world.Get_rank(), world.Get_size())}
+    return found | ({"message": latency(world)} if world.Get_size() > 1 else {})
 
 
 if __name__ == "__main__":
-    sys.exit(all_reduce.main(sys.argv[1], int(sys.argv[2]), before=message))
+    sys.exit(all_reduce.main(sys.argv[1], int(sys.argv[2]), before=by_mpi))

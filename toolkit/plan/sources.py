@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit import hostfile
+from toolkit.compression import cost
 from toolkit.errors import UsageError
 from toolkit.hostfile import Host
 from toolkit.plan import measure, table
@@ -38,11 +39,8 @@ def plan(options: argparse.Namespace) -> Plan:
     seen, compute, about = _compute(options, workers, strong)
     gradients = Gradients(options.gradient_mb * 1e6) if seen is None or options.gradient_mb else seen.gradients
     network, local, links = places.links(seen.framework if seen else None)
-    costs = dict(options.compression_ms)
-    compressions = tuple(
-        Compression(name, 0.0 if name == "none" else costs.get(name), options.top_k, options.powersgd_rank)
-        for name in SCHEMES
-    )
+    costs, told = _compression_costs(options, gradients)
+    compressions = tuple(Compression(name, costs.get(name), options.top_k, options.powersgd_rank) for name in SCHEMES)
     bucket = None if options.bucket_mb is None else options.bucket_mb * 1e6
     count = "" if gradients.shapes is None else f" in {len(gradients.shapes)} tensors"
     return Plan(
@@ -50,6 +48,7 @@ def plan(options: argparse.Namespace) -> Plan:
         [
             f"{about}; {gradients.size / 1e6:.4g} MB of gradients{count}",
             *links,
+            *told,
             f"a step has {compute.samples} samples {'over all workers' if strong else 'on each worker'} "
             f"(--scaling {'weak' if strong else 'strong'} for the other); {compute.backward:.0%} of the compute "
             "time is the backward pass",
@@ -86,6 +85,23 @@ def _compute(options: argparse.Namespace, workers: int, strong: bool) -> tuple[m
             f"{seen.step.low * 1e3:.3g} … {seen.step.high * 1e3:.3g}{always})"
         )
     return seen, Compute(seconds, samples, fixed, options.backward_share, samples if strong else None), text
+
+
+def _compression_costs(options: argparse.Namespace, gradients: Gradients) -> tuple[dict[str, float], list[str]]:
+    """Seconds a step that compressions cost, as told or, where shapes are known, measured; and where they are from."""
+    costs = {"none": 0.0, **dict(options.compression_ms)}
+    if gradients.shapes is None:
+        return costs, []
+    names = {name: name for name in SCHEMES if name not in costs}
+    names |= {
+        n: f"{n}:{x:.12g}" for n, x in (("topk", options.top_k), ("powersgd", options.powersgd_rank)) if n in names
+    }
+    (none,), found = cost.measure(["none"], gradients.shapes, 2), {}
+    for name, whole in names.items():  # one after the other, as each needs memory of some copies of the gradients
+        (its,) = cost.measure([whole], gradients.shapes, 2)
+        found[name] = max(0.0, its.seconds - none.seconds)
+    said = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in found.items())
+    return costs | found, [f"compressing costs a step, measured here: {said}"] if found else []
 
 
 def _fixed(options: argparse.Namespace, seen: measure.Recipe, workers: int) -> float:
@@ -145,6 +161,6 @@ class _Places:
         found = self._found[hosts]
         places, spread = " and ".join(host.name for host in hosts) or "this machine", found.all_reduce
         return dataclasses.replace(found.link, **known), (
-            f"measured on {places} ({found.size / 1e6:.3g} MB all-reduced in {spread.median * 1e3:.3g} ms, "
-            f"{spread.low * 1e3:.3g} … {spread.high * 1e3:.3g})"
+            f"measured on {places} by {found.reducer} ({found.size / 1e6:.3g} MB all-reduced in "
+            f"{spread.median * 1e3:.3g} ms, {spread.low * 1e3:.3g} … {spread.high * 1e3:.3g})"
         )

@@ -161,6 +161,29 @@ class Training:
         free = self.best(workers, compression=dataclasses.replace(compression, seconds=0.0))
         return plain.seconds - free.seconds if plain and free else None
 
+    def pays_below(self, workers: int, compression: Compression) -> float:
+        """Bits a second of a host's link below which a compression makes a step shorter, where nothing overlaps.
+
+        Returns:
+            0 where it does on none, infinity where on any; those looked at are of 1 kbit/s to 10⁶ Gbit/s.
+        """
+
+        def pays(digits: float) -> bool:
+            network = dataclasses.replace(self.links.network, seconds_per_byte=8 / 10**digits)
+            there = dataclasses.replace(self, links=dataclasses.replace(self.links, network=network))
+            most = there.affordable(workers, compression)
+            return most is not None and most > (compression.seconds or 0.0)
+
+        slow, fast = 3.0, 15.0
+        if not pays(slow):
+            return 0.0
+        if pays(fast):
+            return math.inf
+        for _ in range(40):
+            middle = (slow + fast) / 2
+            slow, fast = (middle, fast) if pays(middle) else (slow, middle)
+        return 10**slow
+
 
 def worker_counts(workers_per_host: int, most: int) -> list[int]:
     """1, 2, 4 … up to a host's workers, then full hosts: 1, 2, 4 … of them, at most `most` workers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from toolkit.plan.cost import ALL_REDUCES, Link
@@ -80,7 +81,9 @@ def verdict(training: Training, counts: Sequence[int], least: float) -> list[str
         best = max((s for s in steps if s.efficiency >= least), key=lambda s: s.samples_per_second, default=steps[0])
         chosen = max(chosen, best.workers)
         lines.append(f"{'With' if overlap else 'Without'} overlap {_pays(steps, best, least)}")
-    return [*lines, _compressed(training, chosen if chosen > 1 else counts[min(1, len(counts) - 1)])]
+    several = [n for n in counts if n > training.links.workers_per_host]
+    lines.append(_compressed(training, chosen if chosen > 1 else counts[min(1, len(counts) - 1)]))
+    return [*lines, *_break_even(training, max(chosen, several[0]) if several else 0)]
 
 
 def _pays(steps: Sequence[Step], best: Step, least: float) -> str:
@@ -112,6 +115,20 @@ def _compressed(training: Training, workers: int) -> str:
         else:
             said.append(f"{c.name} {'saves' if most > c.seconds else 'loses'} {_ms(abs(most - c.seconds))} ms")
     return f"On {workers} workers without overlap, compression pays a step: {', '.join(said)}."
+
+
+def _break_even(training: Training, workers: int) -> list[str]:
+    """Below which rate of a host's link compressions pay, of those whose cost is known; nothing without such links."""
+    known = [c for c in training.compressions if c.name != "none" and c.seconds is not None]
+    known = [c for c in known if c.size(training.gradients) is not None]
+    if not known or not workers:
+        return []
+    said = []
+    for c in known:
+        limit = training.pays_below(workers, c)
+        rate = "on any link" if math.isinf(limit) else f"below {limit / 1e9:.2g} Gbit/s" if limit else "on none"
+        said.append(f"{c.name} {rate}")
+    return [f"Between hosts it pays on {workers} workers where a host's link reaches: {', '.join(said)}."]
 
 
 def _ms(seconds: float) -> str:
