@@ -25,6 +25,9 @@ class MpiWire:
 
     def sum(self, array: np.ndarray) -> None:
         """See `toolkit.compression.Wire.sum`."""
+        if array.size <= _LONGEST:
+            self._communicator.Allreduce(self._in_place, array)
+            return
         flat = array.reshape(-1)
         for start in range(0, flat.size, _LONGEST):
             self._communicator.Allreduce(self._in_place, flat[start : start + _LONGEST])

@@ -16,6 +16,7 @@ from toolkit.adapters._torch_data import Loader as Loader
 from toolkit.errors import RunFailed, UsageError
 from toolkit.world import World
 
+_engine = torch.autograd.Variable._execution_engine
 _HOOK = "_hvdkit_hook"  # a parameter's attribute: the optimizer that averages its gradient, and the hook
 
 
@@ -173,7 +174,7 @@ class _Distributed(torch.optim.Optimizer):
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_pass)
+            _engine.queue_callback(self._end_of_pass)
 
     def _end_of_pass(self) -> None:
         self._passes += 1
@@ -185,11 +186,11 @@ class _Distributed(torch.optim.Optimizer):
         if self._passes >= k:
             self._average(k)
 
-    @torch.no_grad()
     def _average(self, passes: int) -> None:
         """Replace every gradient by its mean over all ranks and over `passes` accumulated passes."""
         parameters = self._parameters()
-        if any(before is not None and p.grad is not before for p, before in zip(parameters, self._held, strict=False)):
+        held = zip(parameters, self._held, strict=False) if self._held else ()
+        if any(before is not None and p.grad is not before for p, before in held):
             raise UsageError(
                 "gradients were cleared between accumulated passes: clear them by the optimizer's zero_grad()."
             )
