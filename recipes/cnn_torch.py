@@ -47,21 +47,21 @@ class CNN(torch.nn.Module):
         return self.fc2(self.dropout(relu(self.fc1(x.flatten(1)))))
 
 
-def tensors(x, y):
-    return torch.from_numpy(x).unsqueeze(1), torch.from_numpy(y)
+def tensors(x, y, device):
+    return torch.from_numpy(x).unsqueeze(1).to(device), torch.from_numpy(y).to(device)
 
 
 @torch.no_grad()
 def evaluate(model, data, world):
     mine = block(len(data), world.rank, world.size)  # distributed: this rank's part of the test data
-    x, y = tensors(data.x[mine], data.y[mine])
+    x, y = tensors(data.x[mine], data.y[mine], world.device)
     accuracy = (model(x).argmax(1) == y).float().mean().item() if len(y) else 0.0
     return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
 
 
 @elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
-    model = CNN(options.dropout)
+    model = CNN(options.dropout).to(world.device)
     weights = initial_weights.cnn(options.seed)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
@@ -74,7 +74,7 @@ def fit(world, options, train, test):
                 for group in optimizer.param_groups:
                     group["lr"] = run.learning_rate()  # distributed: scaled with the batch, warmed up
                 images = datasets.shifted(batch.x, batch.generators(), options.shift)
-                x, y = tensors(images, batch.y)
+                x, y = tensors(images, batch.y, world.device)
                 optimizer.zero_grad()
                 loss = cross_entropy(model(x), y) * batch.weight  # distributed: exact for unequal parts
                 loss.backward()

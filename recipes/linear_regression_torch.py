@@ -48,7 +48,7 @@ def metrics(weight, bias, train, test):
 
 @elastic(dp)  # distributed: workers may die and come, under horovodrun --host-discovery-script
 def fit(world, options, train, test):
-    model = torch.nn.Linear(train.x.shape[1], 1)
+    model = torch.nn.Linear(train.x.shape[1], 1).to(world.device)
     weights = initial_weights.linear(train.x.shape[1], options.seed)
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
@@ -60,13 +60,14 @@ def fit(world, options, train, test):
                 for group in optimizer.param_groups:
                     group["lr"] = run.learning_rate()  # distributed: scaled with the batch, warmed up
                 features = datasets.with_noise(batch.x, batch.generators(), options.noise)
-                x, y = dropout(torch.from_numpy(features), options.dropout), torch.from_numpy(batch.y)
+                x = dropout(torch.from_numpy(features).to(world.device), options.dropout)
+                y = torch.from_numpy(batch.y).to(world.device)
                 optimizer.zero_grad()
                 loss = half_squared_error(model(x), y) * batch.weight  # distributed: exact for unequal parts
                 loss.backward()
                 optimizer.step()
                 run.log(loss=loss)
-            weight, bias = model.weight.detach().numpy(), model.bias.detach().numpy()
+            weight, bias = model.weight.detach().cpu().numpy(), model.bias.detach().cpu().numpy()
             run.end_epoch(**metrics(weight, bias, train, test))
 
 

@@ -16,7 +16,6 @@ from toolkit import watch
 from toolkit.adapters import _job, _reduction
 from toolkit.adapters._mpi import MpiWire
 from toolkit.adapters._reduction import exchange
-from toolkit.errors import UsageError
 
 _LARGE = 2**17  # elements from which ways through memory take longer than calls of torch
 _NUMPYS = torch.float32, torch.float64  # what numpy multiplies as fast as torch does
@@ -148,9 +147,10 @@ class GradientAverager(_reduction.Averager):
         for i, p in enumerate(parameters):
             if not sparse[i]:
                 device = dense[0].device if self._compressor else p.device
+                device = device if self._adds_up_on_gpu() else torch.device("cpu")
                 places.setdefault((self._wire_dtype(p.dtype), device), []).append(i)
         if not places:
-            places[torch.float32, parameters[0].device] = []
+            places[torch.float32, torch.device("cpu")] = []
         self._buffers = [
             _Buffer(dtype, device, found, parameters, len(parameters) + 2 if i == 0 else 0)
             for i, ((dtype, device), found) in enumerate(places.items())
@@ -159,9 +159,7 @@ class GradientAverager(_reduction.Averager):
         self._parameters, self._sparse = parameters, [i for i, is_sparse in enumerate(sparse) if is_sparse]
 
     def _choose(self, dense: list[torch.Tensor]) -> MpiWire | None:
-        if any(p.device.type != "cpu" for p in dense):
-            if self._reducer == "mpi":
-                raise UsageError('reducer="mpi" adds up in the memory of the host: use "horovod" for a GPU\'s.')
+        if self._adds_up_on_gpu() and any(p.device.type != "cpu" for p in dense):
             return None
 
         def by_horovod(numbers: np.ndarray) -> None:
@@ -243,6 +241,7 @@ class _Buffer:
         self._dtype, self._device, self._extra = dtype, device, extra
         self._factor = 0.0, np.array(0.0)
         self._same_dtype = all(p.dtype == dtype for p in self._parameters)
+        self._elsewhere = any(p.device != device for p in self._parameters)  # a GPU's, added up in the host's memory
         self._allocate()
 
     def _allocate(self) -> None:
@@ -278,6 +277,8 @@ class _Buffer:
         A gradient that is a view of the buffer already, where nobody cleared it, is scaled in place.
         """
         own = [gradients[i] for i in self._places]
+        if self._elsewhere:
+            own = [None if g is None else g.to(self._device) for g in own]
         if self._is_held(own):
             self._allocate()
         if self._elements > _LARGE and self._same_dtype:  # one way through memory in place of two
@@ -305,7 +306,8 @@ class _Buffer:
     def unpack(self, means: list[torch.Tensor | None]) -> None:
         """Put the means into their places in the list."""
         for i, view, parameter in zip(self._places, self._views, self._parameters, strict=True):
-            means[i] = view if self._same_dtype else view.to(parameter.dtype)
+            as_is = self._same_dtype and not self._elsewhere
+            means[i] = view if as_is else view.to(parameter.device, parameter.dtype)
 
     def _is_held(self, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Whether the last means, or other tensors and arrays of their memory, are held elsewhere than in `gradients`.
@@ -340,6 +342,7 @@ def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, scal
     if gradient is None:
         gradient = torch.zeros_like(parameter).to_sparse(1)
     gradient = gradient.coalesce()
+    gradient = gradient if _job.reduces_on_gpu() else gradient.cpu()
     values = gradient.values().float() if gradient.dtype == torch.bfloat16 else gradient.values()
     # Horovod gathers along the first dimension, which may differ in length between ranks.
     ranks = _job.process_set()
@@ -347,4 +350,4 @@ def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, scal
         indices = hvd.allgather(gradient.indices().t().contiguous(), f"{name}.indices", ranks)
         values = hvd.allgather((values * scale).contiguous(), f"{name}.values", ranks)
     total = torch.sparse_coo_tensor(indices.t(), values, parameter.shape, check_invariants=True)
-    return total.coalesce().to(parameter.dtype)
+    return total.coalesce().to(parameter.device, parameter.dtype)

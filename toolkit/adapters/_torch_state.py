@@ -26,6 +26,7 @@ def _broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
     root, process_set = _job.root_rank(), _job.process_set()
     for name, tensor in _model_tensors(model).items():
         wire = tensor.detach().contiguous()
+        wire = wire if _job.reduces_on_gpu() else wire.cpu()
         if wire.dtype == torch.bfloat16:  # which Horovod does not know; its bits travel
             wire = wire.view(torch.int16)
         if wire.numel():

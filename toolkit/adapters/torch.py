@@ -251,6 +251,7 @@ class _Distributed(torch.optim.Optimizer):
                 raise RunFailed(f"{first} not finite, and a step with a closure (LBFGS) can't be left out.")
             self._clip()
             loss = torch.as_tensor(loss).detach()
+            loss = loss if _job.reduces_on_gpu() else loss.cpu()
             with watch.waiting("closure.loss"):
                 return hvd.allreduce(loss, name="closure.loss", op=hvd.Average, process_set=_job.process_set())
 

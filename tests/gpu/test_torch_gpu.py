@@ -1,0 +1,50 @@
+"""The torch adapter on a GPU: alone, with Horovod's NCCL, and two workers that share it, through the host's memory."""
+
+import json
+
+import pytest
+import torch
+
+from tests.launching import ROOT, launch
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+    pytest.mark.timeout(200),
+]
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # convolutions and products in full float32, as on the CPU
+
+
+def losses(size, output, *options):
+    command = [ROOT / "recipes" / "cnn_torch.py", "--max-steps", "40", "--output", output, *options]
+    result = launch(size, command, environment=EXACT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "step" in row][:40]
+
+
+@pytest.mark.parametrize("options", [["--device", "gpu"], ["--device", "auto"]])
+def test_one_worker_on_a_gpu_is_one_on_the_cpu(options, tmp_path):
+    wanted = losses(1, tmp_path / "cpu", "--device", "cpu")
+    assert losses(1, tmp_path / "gpu", *options) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [[], ["--reducer", "mpi"], ["--reducer", "horovod"], ["--accumulation-steps", "2"]])
+def test_workers_that_share_a_gpu_compute_what_one_would(options, tmp_path):
+    wanted = losses(1, tmp_path / "cpu", "--device", "cpu")
+    found = losses(2, tmp_path / "gpu", "--device", "gpu", "--share-gpus", *options)
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_more_workers_than_gpus_are_refused(tmp_path):
+    size = torch.cuda.device_count() + 1
+    result = launch(size, [ROOT / "recipes" / "cnn_torch.py", "--device", "gpu"], cwd=tmp_path)
+    assert result.returncode != 0
+    assert f"{size} workers on" in result.stderr and "--share-gpus" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("first", "then"), [("cpu", "gpu"), ("gpu", "cpu")])
+def test_a_run_is_resumed_on_the_other_device(first, then, tmp_path):
+    wanted = losses(1, tmp_path / "whole", "--device", "cpu")
+    losses(1, tmp_path / "parts", "--device", first, "--max-steps", "20")
+    assert losses(1, tmp_path / "parts", "--device", then, "--resume") == pytest.approx(wanted, rel=1e-3)
