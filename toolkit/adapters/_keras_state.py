@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.utils import module_utils
 from keras.src.utils.rng_utils import GLOBAL_RANDOM_SEED
 
 from toolkit.adapters import _keras_optimizer, _shared
@@ -63,10 +65,24 @@ def describe(model: Any) -> dict[str, Any]:
     backend = keras.backend.backend()
     versions = {name: sys.modules[name].__version__ for name in ("keras", backend, "numpy")}
     try:
-        architecture = model.to_json()
+        with _without_tensorflow():
+            architecture = model.to_json()
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         architecture = None  # a model of one's own class, which has no configuration
     return {"versions": versions, "backend": backend, "architecture": architecture}
+
+
+@contextlib.contextmanager
+def _without_tensorflow() -> Iterator[None]:
+    """Keep Keras from importing TensorFlow, 400 MB, only to ask whether an object it serializes is one of its types."""
+    asks = "tensorflow" not in sys.modules and keras.backend.backend() != "tensorflow"
+    before = module_utils.tensorflow._available
+    if asks:
+        module_utils.tensorflow._available = False
+    try:
+        yield
+    finally:
+        module_utils.tensorflow._available = before
 
 
 def import_state(model: Any, optimizer: Any, state: Mapping[str, np.ndarray]) -> None:

@@ -25,6 +25,7 @@ grown = peak() - before
 assert grown < 5 * MEGABYTES, f"broadcasting {MEGABYTES} MB took {grown:.0f} MB"
 digests = dp.gather(dp.digest(model))
 assert all(digest == digests[0] for digest in digests)
+dp.describe(model)
 other = {"torch": "tensorflow", "tensorflow": "torch"}[keras.backend.backend()]
 assert other not in sys.modules, f"{other} was imported beside {keras.backend.backend()}"
 dp.stop()
