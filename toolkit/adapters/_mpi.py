@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-_LONGEST = 2**28  # elements of one operation: MPI-3 counts them with 31 bits
+# Bytes of a rank's share of one operation. On two ranks of one machine 100 MB take a quarter of the time in pieces of
+# this size, which stay in the cores' caches; and MPI takes as much memory again as it adds up at once.
+_SHARE = 2**20
 
 
 class MpiWire:
@@ -22,15 +24,16 @@ class MpiWire:
         self._communicator, self._in_place = communicator, MPI.IN_PLACE
         self.rank: int = communicator.rank
         self.size: int = communicator.size
+        self._piece = min(_SHARE * self.size, 2**30)  # MPI-3 counts with 31 bits
 
     def sum(self, array: np.ndarray) -> None:
         """See `toolkit.compression.Wire.sum`."""
-        if array.size <= _LONGEST:
+        if array.nbytes <= self._piece:
             self._communicator.Allreduce(self._in_place, array)
             return
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, _LONGEST):
-            self._communicator.Allreduce(self._in_place, flat[start : start + _LONGEST])
+        flat, length = array.reshape(-1), self._piece // array.itemsize
+        for start in range(0, flat.size, length):
+            self._communicator.Allreduce(self._in_place, flat[start : start + length])
 
     def summed(self, array: np.ndarray) -> np.ndarray:
         """The sum of an array over all ranks."""
