@@ -102,11 +102,11 @@ class Adapter(Protocol):
     def synchronize_batch_norm(self, model: Any) -> Any:
         """Have the model's BatchNorm layers take mean and variance over the samples of all ranks, in training.
 
-        Without it each rank normalises its own samples, as Horovod does, and N workers do not compute what one computes.
-        With it they do, forward and backward, with unequal parts too; the running statistics are then alike on all
-        ranks. Every rank calls it after `start`, before `distribute`, and before the model is compiled or traced; then
-        every rank must reach the same layers in the same order. One all-reduce a layer goes each way. Evaluation,
-        parameters and their names stay as they are, so a checkpoint loads with it or without.
+        Without it each rank normalises its own samples, as Horovod does, and N workers do not compute what one does.
+        With it they do, forward and backward, with unequal parts too, and the running statistics are alike on all
+        ranks. Every rank calls it after `start`, before `distribute` and before the model is compiled or traced, and
+        in training comes to the same layers in the same order: each is an all-reduce forward, and one backward.
+        Evaluation, parameters and names stay as they are, so a checkpoint loads with it or without.
 
         The sample of weight 0 that a rank gets where a batch has none for it (see `toolkit.sharding.Part`) is one of
         the samples; of an empty tensor none is.

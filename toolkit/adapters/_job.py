@@ -39,6 +39,11 @@ def process_set(everyone: bool = False) -> Any:
     return global_process_set if everyone else _process_sets.get("group", global_process_set)
 
 
+def is_parallel(hvd: Any) -> bool:
+    """Whether Horovod is started, and this worker has others in its group; an elastic job's change."""
+    return hvd.is_initialized() and process_set().size() > 1
+
+
 def collective_name() -> str:
     """A name for an optimizer's collective operations: the i-th distribute()'s, alike on every rank."""
     return f"gradients{next(_distributed)}"

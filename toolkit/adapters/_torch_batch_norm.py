@@ -1,11 +1,12 @@
 """BatchNorm over the samples of all ranks, for the torch adapter and for Keras on torch.
 
-Each rank tells the others how many values it has of a channel, and their sum and sum of squares, taken from its own mean
-and variance and added up in float64: for float32 as exact as a second pass, however many ranks there are.
+Each rank tells the others how many values it has of a channel, and their sum and sum of squares, which it takes from
+its own mean and variance. Added up in float64, for float32 they are as exact as a second pass.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import horovod.torch as hvd
@@ -24,7 +25,7 @@ def synchronize(model: torch.nn.Module) -> None:
     Raises:
         UsageError: there is none, or one that can't be synchronised; no layer was changed.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm | _LazyNormBase)}
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm | _LazyNormBase)}
     if not layers:
         raise UsageError(
             f"this {type(model).__name__} has no BatchNorm layer: leave synchronize_batch_norm() out, or call it once "
@@ -34,7 +35,8 @@ def synchronize(model: torch.nn.Module) -> None:
         _check(name, layer)
     for layer in layers.values():
         if not isinstance(layer, _Synchronized):
-            layer.__class__ = _synchronized(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _synchronized(kind)
             layer._collective = _job.batch_norm_name()
     keep_quick()
 
@@ -59,6 +61,7 @@ def _check(name: str, layer: Any) -> None:
         )
 
 
+@functools.cache
 def _synchronized(kind: type) -> Any:
     """A class like a BatchNorm layer's, over all ranks' samples."""
     return type(kind.__name__, (_Synchronized, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
@@ -80,12 +83,9 @@ class _Synchronized(_BatchNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise; in training by the mean and variance over all ranks' samples."""
-        # The workers of an elastic job change: how many there are is looked up in each call.
-        if not self.training or not hvd.is_initialized() or _job.process_set().size() == 1:
-            return super().forward(input)
-        return self._normalised(input)
+        return self._normalised(input) if self.training and _job.is_parallel(hvd) else super().forward(input)
 
-    @torch.compiler.disable  # which can't hold other ranks' numbers
+    @torch.compiler.disable  # as for moments()
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
         y, count, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps, self._collective)
@@ -121,14 +121,14 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, count, center, scale)
         ctx.name, ctx.has_bias = name, bias is not None
         ctx.mark_non_differentiable(count, mean, variance)
-        affine = [None if p is None else p.to(dtype) for p in (weight, bias)]
-        y = functional.batch_norm(x, center, variance.to(dtype), *affine, training=False, eps=eps)
+        weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+        y = functional.batch_norm(x, center, variance.to(dtype), weight, bias, training=False, eps=eps)
         return y, count, mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        """The gradients of samples, weight and bias: of the last two this rank's share, which the optimizer averages."""
+        """The gradients of samples, weight and bias; of the latter two this rank's share, which are averaged later."""
         x, weight, count, center, scale = ctx.saved_tensors
         d_y = gradient.to(center.dtype)
         normalised = (x - _along(1, center, x)) * _along(1, scale, x)
@@ -171,6 +171,7 @@ class _Moments(torch.autograd.Function):
         return d_x if mask is None else torch.where(mask, d_x, 0), None, None, None, None
 
 
+@torch.compiler.disable  # which can't hold other ranks' numbers
 def moments(
     x: torch.Tensor, mask: torch.Tensor | None, axis: int, name: str, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +215,7 @@ def _over_all_ranks(
 
 
 def all_reduce_sum(vector: torch.Tensor, name: str) -> torch.Tensor:
-    """The sum of a float64 vector over all ranks, where the vector is: by NCCL, by MPI in this thread, or by Horovod."""
+    """The sum of a float64 vector over all ranks: by NCCL on a GPU, by MPI in this thread, or by Horovod."""
     if vector.device.type == "meta":  # Keras looks what shapes a model gives
         return vector
     ranks, on_gpu = _job.process_set(), vector.is_cuda and _job.reduces_on_gpu()
