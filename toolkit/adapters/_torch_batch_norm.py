@@ -117,32 +117,30 @@ class _Normalise(torch.autograd.Function):
                 f"BatchNorm in training was given {list(x.shape)} and on all ranks together one value a channel: give "
                 "it at least two."
             )
-        center, scale = mean.to(dtype), torch.rsqrt(variance + eps).to(dtype)
-        ctx.save_for_backward(x, weight, count, center, scale)
-        ctx.name, ctx.has_bias = name, bias is not None
+        ctx.name, ctx.eps, ctx.affine = name, eps, [None if p is None else p.dtype for p in (weight, bias)]
+        weight, bias, here, spread = (None if t is None else t.to(dtype) for t in (weight, bias, mean, variance))
+        ctx.save_for_backward(x, weight, count, here, spread)
         ctx.mark_non_differentiable(count, mean, variance)
-        weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-        y = functional.batch_norm(x, center, variance.to(dtype), weight, bias, training=False, eps=eps)
-        return y, count, mean, variance
+        return functional.batch_norm(x, here, spread, weight, bias, training=False, eps=eps), count, mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         """The gradients of samples, weight and bias; of the latter two this rank's share, which are averaged later."""
-        x, weight, count, center, scale = ctx.saved_tensors
-        d_y = gradient.to(center.dtype)
-        normalised = (x - _along(1, center, x)) * _along(1, scale, x)
-        d_bias, d_weight = _sums(d_y, 1), _sums(d_y * normalised, 1)
-        d_x = None
+        x, weight, count, mean, variance = ctx.saved_tensors
+        # As if mean and variance were constants; the rest of samples' gradients is what flows through these two.
+        d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient.to(mean.dtype), x.to(mean.dtype), weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+        )
         if ctx.needs_input_grad[0]:
-            sums = all_reduce_sum(torch.cat([d_bias, d_weight]).double(), f"{ctx.name}.backward")
-            of_y, of_normalised = (sums.view(2, -1) / count).to(center.dtype)
-            d_x = d_y - _along(1, of_y, x) - normalised * _along(1, of_normalised, x)
-            d_x = (d_x * _along(1, scale if weight is None else scale * weight, x)).to(x.dtype)
+            sums = all_reduce_sum(torch.cat([d_bias, d_weight]).double(), f"{ctx.name}.backward").view(2, -1)
+            scale = torch.rsqrt(variance + ctx.eps)
+            of_bias, of_weight = (sums / count).to(mean.dtype) * (scale if weight is None else scale * weight)
+            d_x -= (x - _along(1, mean, x)).mul_(_along(1, scale * of_weight, x)).add_(_along(1, of_bias, x))
         return (
-            d_x,
-            None if weight is None else d_weight.to(weight.dtype),
-            d_bias if ctx.has_bias else None,
+            d_x.to(x.dtype) if ctx.needs_input_grad[0] else None,
+            None if weight is None else d_weight.to(ctx.affine[0]),
+            d_bias.to(ctx.affine[1]) if ctx.affine[1] else None,
             None,
             None,
         )
@@ -198,9 +196,9 @@ def _over_all_ranks(
     if mask is None:
         channels = x.shape[axis]
         count = torch.full((channels,), float(x.numel() // channels), dtype=torch.float64, device=x.device)
-        # Of no sample at all torch's mean is NaN.
-        both = torch.var_mean(x, others, correction=0) if x.numel() else (torch.zeros_like(count),) * 2
-        variance, mean = both[0].double(), both[1].double()
+        # What torch's own layers call, several times as fast as var_mean(), and refuses to do for no sample at all.
+        both = torch.batch_norm_update_stats(x.movedim(axis, 1), None, None, 0.0) if x.numel() else (count, count)
+        mean, variance = both[0].double(), both[1].double()
     else:
         count = mask.sum(others).double()
         at_least_one = count.clamp(min=1)
@@ -232,7 +230,3 @@ def _along(axis: int, channels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     shape = [1] * x.dim()
     shape[axis] = -1
     return channels.view(shape)
-
-
-def _sums(x: torch.Tensor, axis: int) -> torch.Tensor:
-    return x.sum([i for i in range(x.dim()) if i != axis])
