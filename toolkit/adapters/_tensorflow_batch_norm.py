@@ -39,10 +39,12 @@ def moments(x: Any, mask: Any, axis: int, name: str, epsilon: float) -> tuple[An
         UsageError: XLA is to compile it.
     """
     if not tf.executing_eagerly() and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        raise UsageError(
+        error = UsageError(
             "jit_compile=True compiles the model with XLA, which can't hold the other ranks' BatchNorm statistics: "
             "use jit_compile=False."
         )
+        vars(error)["_keras_call_info_injected"] = True  # or Keras would put it among lines of its own
+        raise error
 
     @tf.custom_gradient
     def over_all_ranks(x: Any) -> Any:

@@ -121,24 +121,28 @@ class _Normalise(torch.autograd.Function):
         weight, bias, here, spread = (None if t is None else t.to(dtype) for t in (weight, bias, mean, variance))
         ctx.save_for_backward(x, weight, count, here, spread)
         ctx.mark_non_differentiable(count, mean, variance)
-        return functional.batch_norm(x, here, spread, weight, bias, training=False, eps=eps), count, mean, variance
+        y = functional.batch_norm(x, here, spread, weight, bias, training=False, eps=eps) if x.numel() else x.clone()
+        return y, count, mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         """The gradients of samples, weight and bias; of the latter two this rank's share, which are averaged later."""
         x, weight, count, mean, variance = ctx.saved_tensors
-        # As if mean and variance were constants; the rest of samples' gradients is what flows through these two.
-        d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient.to(mean.dtype), x.to(mean.dtype), weight, mean, variance, None, None, False, ctx.eps, [True] * 3
-        )
+        d_y, d_x, d_bias, d_weight = gradient.to(mean.dtype), x, torch.zeros_like(mean), torch.zeros_like(mean)
+        if x.numel():  # without any, this operation of torch's divides by 0, which ends the process
+            # As if mean and variance were constants; the rest of the samples' gradients is what comes through these.
+            d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                d_y, x.to(mean.dtype), weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+            )
         if ctx.needs_input_grad[0]:
             sums = all_reduce_sum(torch.cat([d_bias, d_weight]).double(), f"{ctx.name}.backward").view(2, -1)
             scale = torch.rsqrt(variance + ctx.eps)
             of_bias, of_weight = (sums / count).to(mean.dtype) * (scale if weight is None else scale * weight)
-            d_x -= (x - _along(1, mean, x)).mul_(_along(1, scale * of_weight, x)).add_(_along(1, of_bias, x))
+            through = (x - _along(1, mean, x)).mul_(_along(1, scale * of_weight, x)).add_(_along(1, of_bias, x))
+            d_x = (d_x - through).to(x.dtype)
         return (
-            d_x.to(x.dtype) if ctx.needs_input_grad[0] else None,
+            d_x if ctx.needs_input_grad[0] else None,
             None if weight is None else d_weight.to(ctx.affine[0]),
             d_bias.to(ctx.affine[1]) if ctx.affine[1] else None,
             None,
