@@ -99,6 +99,28 @@ class Adapter(Protocol):
             UsageError: wrong type, distributed twice, not started, or an option out of range.
         """
 
+    def synchronize_batch_norm(self, model: Any) -> Any:
+        """Have the model's BatchNorm layers take mean and variance over the samples of all ranks, in training.
+
+        Without it each rank normalises its own samples, as Horovod does, and N workers do not compute what one does.
+        With it they do, forward and backward, with unequal parts too, and the running statistics are alike on all
+        ranks. Every rank calls it after `start`, before `distribute` and before the model is compiled or traced, and
+        in training comes to the same layers in the same order: each is an all-reduce forward, and one backward.
+        Evaluation, parameters and names stay as they are, so a checkpoint loads with it or without.
+
+        The sample of weight 0 that a rank gets where a batch has none for it (see `toolkit.sharding.Part`) is one of
+        the samples; of an empty tensor none is.
+
+        Args:
+            model: the model; its layers' classes are changed in place.
+
+        Returns:
+            The model.
+
+        Raises:
+            UsageError: not started, the model has no BatchNorm layer (yet), or one that can't be synchronised.
+        """
+
     def broadcast_state(self, model: Any, optimizer: Any = None) -> None:
         """Give every rank rank 0's parameters, buffers and optimizer state, bit for bit.
 

@@ -31,6 +31,7 @@ _explains = False
 _gpu: int | None = None  # this worker's, as its framework numbers them
 _reduces_on_gpu = False
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
+_batch_norms = itertools.count()  # layers that synchronize_batch_norm() has changed since then
 
 
 def process_set(everyone: bool = False) -> Any:
@@ -38,9 +39,19 @@ def process_set(everyone: bool = False) -> Any:
     return global_process_set if everyone else _process_sets.get("group", global_process_set)
 
 
+def is_parallel(hvd: Any) -> bool:
+    """Whether Horovod is started, and this worker has others in its group; an elastic job's change."""
+    return hvd.is_initialized() and process_set().size() > 1
+
+
 def collective_name() -> str:
     """A name for an optimizer's collective operations: the i-th distribute()'s, alike on every rank."""
     return f"gradients{next(_distributed)}"
+
+
+def batch_norm_name() -> str:
+    """A name for a BatchNorm layer's collective operations: the i-th one that is synchronised, alike on every rank."""
+    return f"batch_norm{next(_batch_norms)}"
 
 
 def root_rank() -> int:
@@ -62,8 +73,8 @@ def start_horovod(
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
-    global _distributed, _explains
-    _distributed = itertools.count()  # workers that come to an elastic job begin at 0 too
+    global _distributed, _batch_norms, _explains
+    _distributed, _batch_norms = itertools.count(), itertools.count()  # workers that come to an elastic job begin at 0
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
     if launched is None:  # one worker needs no MPI, which would look for its daemon
@@ -194,6 +205,16 @@ def restart_horovod(hvd: Any, cycle: str) -> None:
         os.environ["HOROVOD_CYCLE_TIME"] = _cycles[cycle]
         hvd.shutdown()
         hvd.init()
+
+
+def keep_quick(hvd: Any) -> None:
+    """Leave Horovod its fast cycle, also where MPI adds up the gradients; all ranks call it together.
+
+    For operations of Horovod's that the model's layers wait for, in each step.
+    """
+    if _cycles:
+        restart_horovod(hvd, "fast")
+        _cycles["slow"] = _cycles["fast"]
 
 
 def _choose(framework: str, launched: World) -> Choices:

@@ -10,6 +10,7 @@ import torch
 from keras.src.backend.torch import core
 
 from toolkit.adapters import _job, _torch_average, _torch_ops
+from toolkit.adapters import _torch_batch_norm as batch_norm
 from toolkit.adapters._reduction import exchange_flag, leave_out
 from toolkit.adapters._torch_ops import (
     all_reduce_sum,
@@ -26,6 +27,7 @@ from toolkit.errors import UsageError
 __all__ = [
     "GradientAverager",
     "all_reduce_sum",
+    "batch_norm",
     "be_deterministic",
     "broadcast",
     "check_place",

@@ -97,12 +97,12 @@ def _all_reduce(packed: list[tf.Tensor], name: str, carries: bool) -> list[tf.Te
     if carries:
         with tf.device(HOST):
             packed = [*packed, tf.cast(graph.flag, packed[0].dtype if packed else tf.float32)]
-    with _waiting(name):
+    with waiting(name):
         reduced = hvd.grouped_allreduce(
             packed,
             op=hvd.Average,
             name=name,
-            device_dense=_where_reduced(),
+            device_dense=where_reduced(),
             ignore_name_scope=True,
             process_set=ranks,
         )
@@ -120,7 +120,7 @@ def average_sparse(name: str, gradient: Any, variable: Any) -> tf.IndexedSlices:
     wire = tf.float32 if values.dtype == tf.bfloat16 else values.dtype
     ranks = _job.process_set()
     if ranks.size() > 1:
-        with _waiting(name), tf.device(_where_reduced()):
+        with waiting(name), tf.device(where_reduced()):
             indices = hvd.allgather(indices, f"{name}.indices", ignore_name_scope=True, process_set=ranks)
             values = hvd.allgather(tf.cast(values, wire), f"{name}.values", ignore_name_scope=True, process_set=ranks)
     # Optimizers need unique indices; and sums of duplicates inside them may depend on threads.
@@ -164,12 +164,12 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), -1).view(np.uint8)
 
 
-def _waiting(name: str) -> Any:
+def waiting(name: str) -> Any:
     """Tells the watch of an operation; while a function is traced none is done."""
     return watch.waiting(name) if tf.executing_eagerly() else contextlib.nullcontext()
 
 
-def _where_reduced() -> str:
+def where_reduced() -> str:
     """The device where Horovod adds up gradients; "": the one that has them."""
     return "" if _job.reduces_on_gpu() else HOST
 

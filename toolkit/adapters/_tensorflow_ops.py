@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from toolkit import watch
 from toolkit.adapters import _job
+from toolkit.adapters import _tensorflow_batch_norm as batch_norm  # noqa: F401 - for Keras
 from toolkit.adapters._tensorflow_average import GradientAverager as GradientAverager
 from toolkit.adapters._tensorflow_horovod import HOST
 from toolkit.adapters._tensorflow_horovod import exchange_flag as exchange_flag

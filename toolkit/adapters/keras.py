@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from toolkit import schedule
-from toolkit.adapters import _job, _keras_optimizer, _keras_state, _reduction, _shared
+from toolkit.adapters import _job, _keras_batch_norm, _keras_optimizer, _keras_state, _reduction, _shared
 from toolkit.adapters._keras_run import Batches as Batches
 from toolkit.adapters._keras_run import RunCallback as RunCallback
 from toolkit.errors import UsageError
@@ -100,6 +100,18 @@ def distribute(
     _ops.check_place(model)
     averager = _ops.GradientAverager(_job.collective_name(), compression, reducer)
     return _keras_optimizer.distribute(optimizer, model, averager, accumulation_steps, clip_norm)
+
+
+def synchronize_batch_norm(model: Any) -> Any:
+    """See `toolkit.adapters.Adapter.synchronize_batch_norm`; for `keras.layers.BatchNormalization`, with masks too.
+
+    On torch the gradients of its operations can't be differentiated again.
+    """
+    _require_started()
+    if not isinstance(model, keras.Layer):
+        raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model that is trained.")
+    _keras_batch_norm.synchronize(model, model._flatten_layers(), _ops.batch_norm)
+    return model
 
 
 def broadcast_state(model: Any, optimizer: Any = None) -> None:

@@ -14,7 +14,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from toolkit.adapters import _job, _keras_optimizer, _keras_state, _reduction, _shared, _tensorflow_ops
+from toolkit.adapters import (
+    _job,
+    _keras_batch_norm,
+    _keras_optimizer,
+    _keras_state,
+    _reduction,
+    _shared,
+    _tensorflow_ops,
+)
 from toolkit.adapters._tensorflow_data import Loader as Loader
 from toolkit.adapters._tensorflow_data import tf_data as tf_data
 from toolkit.errors import UsageError
@@ -85,6 +93,23 @@ def distribute(
         raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model or tf.Module that is trained.")
     average = _tensorflow_ops.GradientAverager(_job.collective_name(), compression, reducer)
     return _keras_optimizer.distribute(optimizer, model, average, accumulation_steps, clip_norm)
+
+
+def synchronize_batch_norm(model: Any) -> Any:
+    """See `toolkit.adapters.Adapter.synchronize_batch_norm`; for `keras.layers.BatchNormalization`, with masks too.
+
+    `model` is a `keras.Model`, or a `tf.Module` that holds Keras layers.
+    """
+    _job.require_started(hvd)
+    if isinstance(model, keras.Layer):
+        outermost = [model]
+    elif isinstance(model, tf.Module):
+        outermost = model._flatten(predicate=lambda value: isinstance(value, keras.Layer))
+    else:
+        raise UsageError(f"the model is a {type(model).__name__}: give the keras.Model or tf.Module that is trained.")
+    layers = [layer for outer in outermost for layer in outer._flatten_layers()]
+    _keras_batch_norm.synchronize(model, layers, _tensorflow_ops.batch_norm)
+    return model
 
 
 def broadcast_state(model: Any, optimizer: Any = None) -> None:

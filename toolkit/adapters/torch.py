@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from toolkit import watch
-from toolkit.adapters import _job, _reduction, _shared, _torch_ops, _torch_state
+from toolkit.adapters import _job, _reduction, _shared, _torch_batch_norm, _torch_ops, _torch_state
 from toolkit.adapters._torch_average import GradientAverager
 from toolkit.adapters._torch_data import Loader as Loader
 from toolkit.errors import RunFailed, UsageError
@@ -287,6 +287,18 @@ class _Distributed(torch.optim.Optimizer):
                 "call it, and update(), once after the last of them."
             )
         return vars(self).get("_step_supports_amp_scaling", False)
+
+
+def synchronize_batch_norm(model: Any) -> Any:
+    """See `toolkit.adapters.Adapter.synchronize_batch_norm`; for `torch.nn.BatchNorm1d`, `2d` and `3d`.
+
+    The gradients of its operations can't be differentiated again.
+    """
+    _job.require_started(hvd)
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"the model is a {type(model).__name__}: give the torch.nn.Module that is trained.")
+    _torch_batch_norm.synchronize(model)
+    return model
 
 
 def broadcast_state(model: Any, optimizer: Any = None) -> None:
