@@ -11,16 +11,15 @@ import numpy as np
 import torch
 
 from toolkit import watch
-from toolkit.adapters import _job, _reduction
+from toolkit.adapters import _job, _reduction, _torch_ops
 from toolkit.adapters._mpi import MpiWire
 from toolkit.adapters._reduction import exchange
+from toolkit.adapters._torch_buckets import ELSEWHERE, Buckets
 from toolkit.adapters._torch_buffer import Buffer, are_finite
-
-_ELSEWHERE = -1
 
 
 class GradientAverager(_reduction.Averager):
-    """Averages an optimizer's gradients over all ranks, by one flat buffer for all of a dtype.
+    """Averages an optimizer's gradients over all ranks, by one flat buffer for all of a dtype, or on GPUs by `Buckets`.
 
     The first buffer ends with what travels beside the gradients: which of them this rank has, and the rank's flag.
     Scaling by 1/size comes before the addition, so that the mean of finite gradients is finite, and that both
@@ -36,6 +35,8 @@ class GradientAverager(_reduction.Averager):
         self._parameters: Sequence[torch.Tensor] = []
         self._sparse: Sequence[int] = []
         self._buffers: list[Buffer] = []
+        self._buckets: Buckets | None = None  # in place of the buffers
+        self._came: dict[int, None] = {}  # the ids of parameters, in the order in which their gradients got ready
         self._wire: Any = None  # a `toolkit.compression.Wire`; None: Horovod adds up tensors
         self._ranks = _job.process_set()
         self._size: int = self._ranks.size()
@@ -70,11 +71,46 @@ class GradientAverager(_reduction.Averager):
         try:
             if self._size == 1:
                 return self._alone(gradients, passes)
-            if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
+            if not self.is_laid_out_for(parameters):
                 self._lay_out(list(parameters), sparse or [False] * len(parameters))
+            if self._buckets is not None:
+                return self._through_buckets(self._buckets, gradients, passes)
             return self._means(gradients, passes)
         finally:
             torch._C._set_grad_enabled(builds_graph)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients may travel while the backward pass goes on, if `ready` is told of them."""
+        return self._size > 1 and self.compression == "none" and self._adds_up_on_gpu()
+
+    def is_laid_out_for(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether the latest means were those of these parameters."""
+        own = self._parameters
+        return len(parameters) == len(own) and all(map(operator.is_, parameters, own))
+
+    def ready(self, parameter: torch.Tensor, passes: int, send: bool) -> None:
+        """Note that a gradient is there.
+
+        Args:
+            parameter: whose `grad` it is.
+            passes: backward passes that the gradients will be the sum of.
+            send: it is what the next call will be about, and may travel.
+        """
+        self._came[id(parameter)] = None
+        if send and self._buckets is not None:
+            self._buckets.ready(parameter, 1.0 / (self._size * passes))
+
+    def _through_buckets(
+        self, buckets: Buckets, gradients: Sequence[torch.Tensor | None], passes: int
+    ) -> list[torch.Tensor | None]:
+        share = 1.0 / (self._size * passes)
+        means, self.broken = buckets.average(gradients, share)
+        for i in self._sparse:
+            mean = _average_sparse(gradients[i], self._parameters[i], share, f"{self._name}.sparse{i}")
+            means[i] = None if i in buckets.absent else mean
+        self._came.clear()
+        return means
 
     def _means(self, gradients: Sequence[torch.Tensor | None], passes: int) -> list[torch.Tensor | None]:
         share = 1.0 / (self._size * passes)
@@ -125,7 +161,7 @@ class GradientAverager(_reduction.Averager):
         if heard > 0:
             exchange.heard = True
         if broken > 0 and self.broken is None:
-            self.broken = _ELSEWHERE
+            self.broken = ELSEWHERE
 
     def _alone(self, gradients: Sequence[torch.Tensor | None], passes: int) -> list[torch.Tensor | None]:
         exchange.heard |= exchange.flag
@@ -134,11 +170,18 @@ class GradientAverager(_reduction.Averager):
         return [g if g is None or passes == 1 else g / passes for g in gradients]
 
     def _lay_out(self, parameters: list[torch.Tensor], sparse: Sequence[bool]) -> None:
+        if self._buckets is not None:
+            self._buckets.drain()
         dense = [p for p, is_sparse in zip(parameters, sparse, strict=True) if not is_sparse]
         self._wire = self._choose(dense)
         if self.compression != "none":
             self._wire = self._wire or _HorovodWire(self._name, self._ranks)
         self._set_up([p.shape for p in dense], self._wire, len(parameters) + 2)
+        self._parameters, self._sparse = parameters, [i for i, is_sparse in enumerate(sparse) if is_sparse]
+        if self.overlaps and self._wire is None:
+            order = self._agreed_order(parameters)
+            self._buckets = Buckets(self._name, self._ranks, parameters, self._sparse, order, self._wire_dtype)
+            return
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, p in enumerate(parameters):
             if not sparse[i]:
@@ -152,7 +195,17 @@ class GradientAverager(_reduction.Averager):
             for i, ((dtype, device), found) in enumerate(places.items())
         ]
         self._nothing = np.array([*[1] * len(parameters), 0, 0], np.float32)  # to tell but that gradients are there
-        self._parameters, self._sparse = parameters, [i for i, is_sparse in enumerate(sparse) if is_sparse]
+
+    def _agreed_order(self, parameters: list[torch.Tensor]) -> list[int]:
+        """The places of parameters as gradients got ready on rank 0; then of those that got none, from the end."""
+
+        def gather(value: Any) -> list[Any]:
+            return _torch_ops.gather(value, self._ranks)
+
+        _reduction.check_alike(tuple(tuple(p.shape) for p in parameters), gather)
+        place = {id(p): i for i, p in enumerate(parameters)}
+        came = [place[key] for key in self._came if key in place]
+        return gather(came + [i for i in reversed(range(len(parameters))) if i not in set(came)])[0]
 
     def _choose(self, dense: list[torch.Tensor]) -> MpiWire | None:
         if self._adds_up_on_gpu() and any(p.device.type != "cpu" for p in dense):

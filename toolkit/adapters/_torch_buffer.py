@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import math
 import sys
 from collections.abc import Sequence
 
@@ -32,9 +33,10 @@ class Buffer:
         self._factor = 0.0, np.array(0.0)
         self._same_dtype = all(p.dtype == dtype for p in self._parameters)
         self._elsewhere = any(p.device != device for p in self._parameters)  # a GPU's, added up in the host's memory
-        self._allocate()
+        self.allocate()
 
-    def _allocate(self) -> None:
+    def allocate(self) -> None:
+        """Take new memory; the old is theirs who hold it."""
         self.tensor = torch.zeros(self._elements + self._extra, dtype=self._dtype, device=self._device)
         self._numbers = self.tensor[: self._elements]
         self._views = self._cut()
@@ -47,6 +49,10 @@ class Buffer:
         # In a function of its own: the parts must be gone where aliases are counted.
         parts = self._numbers.split([p.numel() for p in self._parameters])
         return [_shaped(part, p) for part, p in zip(parts, self._parameters, strict=True)]
+
+    def holds(self, gradients: Sequence[torch.Tensor | None]) -> bool:
+        """Whether one of them, one a parameter, is a view of the buffer."""
+        return any(g is view for g, view in zip(gradients, self._views, strict=True))
 
     def _count_aliases(self) -> int:
         return torch._C._storage_Use_Count(self._storage)
@@ -70,8 +76,9 @@ class Buffer:
         if self._elsewhere:
             own = [None if g is None else g.to(self._device) for g in own]
         if self._is_held(own):
-            self._allocate()
-        if self._elements > _LARGE and self._same_dtype:  # one way through memory in place of two
+            self.allocate()
+        if self._elements > _LARGE and self._same_dtype and self.array is not None:
+            # One way through memory in place of two; a GPU has less to begin with a call for all.
             for view, g in zip(self._views, own, strict=True):
                 view.zero_() if g is None else torch.mul(g.to_dense(), scale, out=view)
         else:
@@ -113,11 +120,26 @@ class Buffer:
         return any(count > _FREE for count, view, g in own if g is not view)
 
 
+def finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether each tensor's elements are all finite: bools on the first one's device, which is not waited for."""
+    values = [t if t.numel() else t.new_zeros(1) for t in map(_values, tensors)]
+    # The largest magnitude neither overflows, as a sum can, nor loses a NaN.
+    largest = torch._foreach_norm(values, math.inf)
+    return torch.stack([each.to(values[0].device) for each in largest]).isfinite()
+
+
 def are_finite(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether every element of the tensors is finite."""
-    values = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
+    have = [t for t in tensors if t is not None]
+    if have and have[0].device.type != "cpu":
+        return bool(finite(have).all())  # waits for the GPU once
+    values = map(_values, have)
     # A sum is finite only where every element is; it takes a tenth of the time of looking at each.
     return all(cmath.isfinite(v.sum().item()) or bool(v.isfinite().all()) for v in values)
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Cases for the torch adapter, run by every rank; the reference is plain torch on the whole batch.
 
-Each prints `passed <case>` on rank 0 once every rank has come through it.
+Each prints `passed <case>` on rank 0 once every rank has come through it. Arguments: the cases; none: all.
 """
 
 import copy
 import inspect
+import sys
 import warnings
 
 import numpy as np
@@ -620,7 +621,7 @@ def mistakes_get_one_clear_line():
 
 
 if __name__ == "__main__":
-    for function in CASES:
+    for function in [each for each in CASES if not sys.argv[1:] or each.__name__ in sys.argv[1:]]:
         function()
         if all(dp.gather(True)) and WORLD.rank == 0:
             print("passed", function.__name__, flush=True)
