@@ -71,7 +71,7 @@ class GradientAverager(_reduction.Averager):
         try:
             if self._size == 1:
                 return self._alone(gradients, passes)
-            if not self.is_laid_out_for(parameters):
+            if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
                 self._lay_out(list(parameters), sparse or [False] * len(parameters))
             if self._buckets is not None:
                 return self._through_buckets(self._buckets, gradients, passes)
@@ -83,11 +83,6 @@ class GradientAverager(_reduction.Averager):
     def overlaps(self) -> bool:
         """Whether gradients may travel while the backward pass goes on, if `ready` is told of them."""
         return self._size > 1 and self.compression == "none" and self._adds_up_on_gpu()
-
-    def is_laid_out_for(self, parameters: Sequence[torch.Tensor]) -> bool:
-        """Whether the latest means were those of these parameters."""
-        own = self._parameters
-        return len(parameters) == len(own) and all(map(operator.is_, parameters, own))
 
     def ready(self, parameter: torch.Tensor, passes: int, send: bool) -> None:
         """Note that a gradient is there.
@@ -171,7 +166,7 @@ class GradientAverager(_reduction.Averager):
 
     def _lay_out(self, parameters: list[torch.Tensor], sparse: Sequence[bool]) -> None:
         if self._buckets is not None:
-            self._buckets.drain()
+            self._buckets.drain()  # on every rank: some may have sent what others have not
         dense = [p for p, is_sparse in zip(parameters, sparse, strict=True) if not is_sparse]
         self._wire = self._choose(dense)
         if self.compression != "none":

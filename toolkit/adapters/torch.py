@@ -187,7 +187,7 @@ class _Distributed(torch.optim.Optimizer):
             if torch._C._current_graph_task_id() not in self._open:
                 # Where another pass is open this one is within it, whose gradients may change yet, or that one failed.
                 is_last = self._accumulation_steps in (1, self._passes + 1)
-                self._may_send = not self._open and is_last and self._averager.is_laid_out_for(self._parameters())
+                self._may_send = not self._open and is_last
                 self._queue_callback(parameter)
             self._averager.ready(parameter, self._accumulation_steps, self._may_send)
 
