@@ -45,9 +45,10 @@ STAGED = [
 ]
 
 
-def test_gradients_of_a_gpu_that_workers_share_go_through_the_host():
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_gradients_of_gpus_go_through_the_host_where_they_are_shared_and_in_buckets_where_not(share):
     """With Keras on torch, and a CPU in the GPU's place."""
-    command = [WORKERS / "as_on_gpus.py", WORKERS / "keras_cases.py", *STAGED]
+    command = [WORKERS / "as_on_gpus.py", *(["--share"] if share else []), WORKERS / "keras_cases.py", *STAGED]
     result = launch(2, command, environment={"KERAS_BACKEND": "torch"})
     assert sorted(re.findall(r"passed (\w+)", result.stdout)) == sorted(STAGED), result.stdout + result.stderr[-3000:]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from keras.src.backend.torch import core
 
-from toolkit.adapters import _job, _torch_average, _torch_ops
+from toolkit.adapters import _torch_average, _torch_ops
 from toolkit.adapters import _torch_batch_norm as batch_norm
 from toolkit.adapters._reduction import exchange_flag, leave_out
 from toolkit.adapters._torch_ops import (
@@ -79,18 +79,10 @@ def check_place(model: Any) -> None:
 class GradientAverager(_torch_average.GradientAverager):
     """Averages gradients over all ranks; None counts as zero, and stays None where it is on every rank."""
 
-    _twins: Sequence[torch.Tensor] = ()  # of a GPU's variables, in the host's memory, which they never fill
-
     @torch.compiler.disable  # under jit_compile=True: Horovod's operations are no part of a compiled graph
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient over all ranks."""
-        values = [v.value for v in variables]
-        if core.get_device() == "cpu" or _job.process_set().size() == 1 or self._adds_up_on_gpu():
-            return super().__call__(gradients, values)
-        if [t.shape for t in self._twins] != [v.shape for v in values]:
-            self._twins = [torch.empty_like(v, device="cpu") for v in values]
-        means = super().__call__([None if g is None else g.cpu() for g in gradients], self._twins)
-        return [None if mean is None else mean.to(v.device) for mean, v in zip(means, values, strict=True)]
+        return super().__call__(gradients, [v.value for v in variables])
 
     @torch.compiler.disable
     @torch.no_grad()

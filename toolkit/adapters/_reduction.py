@@ -73,7 +73,7 @@ class Averager:
         if key == self._shapes:
             return
         if isinstance(wire, MpiWire):  # Horovod sees to it by itself
-            _check_alike(key, wire)
+            check_alike(key, wire.gather)
         first, self._shapes = self._shapes is None, key
         size = _job.process_set().size()
         plain = sent = compressors.make("none", shapes, extra).bytes_per_step(size)
@@ -103,9 +103,14 @@ class Averager:
         self._state = own
 
 
-def _check_alike(shapes: tuple[tuple[int, ...], ...], wire: MpiWire) -> None:
-    """Raise `UsageError`, on every rank, where the ranks' gradients are not of the same shapes."""
-    found = wire.gather(hashlib.blake2b(repr(shapes).encode(), digest_size=8).digest())
+def check_alike(shapes: tuple[tuple[int, ...], ...], gather: Callable[[Any], list[Any]]) -> None:
+    """Raise `UsageError`, on every rank, where the ranks' gradients are not of the same shapes.
+
+    Args:
+        shapes: of this rank's.
+        gather: every rank's value.
+    """
+    found = gather(hashlib.blake2b(repr(shapes).encode(), digest_size=8).digest())
     others = [rank for rank, digest in enumerate(found) if digest != found[0]]
     if others:
         raise UsageError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import cmath
 import operator
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +11,15 @@ import numpy as np
 import torch
 
 from toolkit import watch
-from toolkit.adapters import _job, _reduction
+from toolkit.adapters import _job, _reduction, _torch_ops
 from toolkit.adapters._mpi import MpiWire
 from toolkit.adapters._reduction import exchange
-
-_LARGE = 2**17  # elements from which ways through memory take longer than calls of torch
-_NUMPYS = torch.float32, torch.float64  # what numpy multiplies as fast as torch does
-_FREE = 2  # references to a view that nobody has but its buffer: the list's, and getrefcount's own
-_ELSEWHERE = -1
+from toolkit.adapters._torch_buckets import ELSEWHERE, Buckets
+from toolkit.adapters._torch_buffer import Buffer, are_finite
 
 
 class GradientAverager(_reduction.Averager):
-    """Averages an optimizer's gradients over all ranks, by one flat buffer for all of a dtype.
+    """Averages an optimizer's gradients over all ranks, by one flat buffer for all of a dtype, or on GPUs by `Buckets`.
 
     The first buffer ends with what travels beside the gradients: which of them this rank has, and the rank's flag.
     Scaling by 1/size comes before the addition, so that the mean of finite gradients is finite, and that both
@@ -39,7 +34,9 @@ class GradientAverager(_reduction.Averager):
         super().__init__(name, compression, reducer)
         self._parameters: Sequence[torch.Tensor] = []
         self._sparse: Sequence[int] = []
-        self._buffers: list[_Buffer] = []
+        self._buffers: list[Buffer] = []
+        self._buckets: Buckets | None = None  # in place of the buffers
+        self._came: dict[int, None] = {}  # the ids of parameters, in the order in which their gradients got ready
         self._wire: Any = None  # a `toolkit.compression.Wire`; None: Horovod adds up tensors
         self._ranks = _job.process_set()
         self._size: int = self._ranks.size()
@@ -76,9 +73,39 @@ class GradientAverager(_reduction.Averager):
                 return self._alone(gradients, passes)
             if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
                 self._lay_out(list(parameters), sparse or [False] * len(parameters))
+            if self._buckets is not None:
+                return self._through_buckets(self._buckets, gradients, passes)
             return self._means(gradients, passes)
         finally:
             torch._C._set_grad_enabled(builds_graph)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients may travel while the backward pass goes on, if `ready` is told of them."""
+        return self._size > 1 and self.compression == "none" and self._adds_up_on_gpu()
+
+    def ready(self, parameter: torch.Tensor, passes: int, send: bool) -> None:
+        """Note that a gradient is there.
+
+        Args:
+            parameter: whose `grad` it is.
+            passes: backward passes that the gradients will be the sum of.
+            send: it is what the next call will be about, and may travel.
+        """
+        self._came[id(parameter)] = None
+        if send and self._buckets is not None:
+            self._buckets.ready(parameter, 1.0 / (self._size * passes))
+
+    def _through_buckets(
+        self, buckets: Buckets, gradients: Sequence[torch.Tensor | None], passes: int
+    ) -> list[torch.Tensor | None]:
+        share = 1.0 / (self._size * passes)
+        means, self.broken = buckets.average(gradients, share)
+        for i in self._sparse:
+            mean = _average_sparse(gradients[i], self._parameters[i], share, f"{self._name}.sparse{i}")
+            means[i] = None if i in buckets.absent else mean
+        self._came.clear()
+        return means
 
     def _means(self, gradients: Sequence[torch.Tensor | None], passes: int) -> list[torch.Tensor | None]:
         share = 1.0 / (self._size * passes)
@@ -129,7 +156,7 @@ class GradientAverager(_reduction.Averager):
         if heard > 0:
             exchange.heard = True
         if broken > 0 and self.broken is None:
-            self.broken = _ELSEWHERE
+            self.broken = ELSEWHERE
 
     def _alone(self, gradients: Sequence[torch.Tensor | None], passes: int) -> list[torch.Tensor | None]:
         exchange.heard |= exchange.flag
@@ -138,11 +165,18 @@ class GradientAverager(_reduction.Averager):
         return [g if g is None or passes == 1 else g / passes for g in gradients]
 
     def _lay_out(self, parameters: list[torch.Tensor], sparse: Sequence[bool]) -> None:
+        if self._buckets is not None:
+            self._buckets.drain()  # on every rank: some may have sent what others have not
         dense = [p for p, is_sparse in zip(parameters, sparse, strict=True) if not is_sparse]
         self._wire = self._choose(dense)
         if self.compression != "none":
             self._wire = self._wire or _HorovodWire(self._name, self._ranks)
         self._set_up([p.shape for p in dense], self._wire, len(parameters) + 2)
+        self._parameters, self._sparse = parameters, [i for i, is_sparse in enumerate(sparse) if is_sparse]
+        if self.overlaps and self._wire is None:
+            order = self._agreed_order(parameters)
+            self._buckets = Buckets(self._name, self._ranks, parameters, self._sparse, order, self._wire_dtype)
+            return
         places: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, p in enumerate(parameters):
             if not sparse[i]:
@@ -152,11 +186,21 @@ class GradientAverager(_reduction.Averager):
         if not places:
             places[torch.float32, torch.device("cpu")] = []
         self._buffers = [
-            _Buffer(dtype, device, found, parameters, len(parameters) + 2 if i == 0 else 0)
+            Buffer(dtype, device, found, parameters, len(parameters) + 2 if i == 0 else 0)
             for i, ((dtype, device), found) in enumerate(places.items())
         ]
         self._nothing = np.array([*[1] * len(parameters), 0, 0], np.float32)  # to tell but that gradients are there
-        self._parameters, self._sparse = parameters, [i for i, is_sparse in enumerate(sparse) if is_sparse]
+
+    def _agreed_order(self, parameters: list[torch.Tensor]) -> list[int]:
+        """The places of parameters as gradients got ready on rank 0; then of those that got none, from the end."""
+
+        def gather(value: Any) -> list[Any]:
+            return _torch_ops.gather(value, self._ranks)
+
+        _reduction.check_alike(tuple(tuple(p.shape) for p in parameters), gather)
+        place = {id(p): i for i, p in enumerate(parameters)}
+        came = [place[key] for key in self._came if key in place]
+        return gather(came + [i for i in reversed(range(len(parameters))) if i not in set(came)])[0]
 
     def _choose(self, dense: list[torch.Tensor]) -> MpiWire | None:
         if self._adds_up_on_gpu() and any(p.device.type != "cpu" for p in dense):
@@ -222,119 +266,6 @@ class _HorovodWire:
 def _bytes(array: np.ndarray) -> torch.Tensor:
     """An array's rows as bytes of the same memory: Horovod knows few types."""
     return torch.from_numpy(array.reshape(len(array), -1).view(np.uint8))
-
-
-class _Buffer:
-    """The gradients of one dtype on one device, one after the other, and after them what travels beside.
-
-    Attributes:
-        tensor: shape (n,).
-        array: the same numbers, for numpy, whose calls take a fourth of the time that torch's take; None: on a GPU.
-        control: what travels beside: the array's end; on a GPU a copy, which `send` and `receive` keep alike.
-    """
-
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, places: list[int], parameters: list[torch.Tensor], extra: int
-    ) -> None:
-        self._places, self._parameters = places, [parameters[i] for i in places]
-        self._elements = sum(p.numel() for p in self._parameters)
-        self._dtype, self._device, self._extra = dtype, device, extra
-        self._factor = 0.0, np.array(0.0)
-        self._same_dtype = all(p.dtype == dtype for p in self._parameters)
-        self._elsewhere = any(p.device != device for p in self._parameters)  # a GPU's, added up in the host's memory
-        self._allocate()
-
-    def _allocate(self) -> None:
-        self.tensor = torch.zeros(self._elements + self._extra, dtype=self._dtype, device=self._device)
-        self._numbers = self.tensor[: self._elements]
-        self._views = self._cut()
-        self.array = self.tensor.numpy() if self._device.type == "cpu" else None
-        self.control = np.zeros(self._extra, np.float32) if self.array is None else self.array[self._elements :]
-        self._storage: int = self.tensor.untyped_storage()._cdata
-        self._aliases = self._count_aliases()
-
-    def _cut(self) -> list[torch.Tensor]:
-        # In a function of its own: the parts must be gone where aliases are counted.
-        parts = self._numbers.split([p.numel() for p in self._parameters])
-        return [_shaped(part, p) for part, p in zip(parts, self._parameters, strict=True)]
-
-    def _count_aliases(self) -> int:
-        return torch._C._storage_Use_Count(self._storage)
-
-    def send(self) -> None:
-        """Put `control` where the numbers are."""
-        if self.array is None:
-            self.tensor[self._elements :].copy_(torch.from_numpy(self.control))
-
-    def receive(self) -> None:
-        """Get `control` from there."""
-        if self.array is None:
-            self.control[:] = self.tensor[self._elements :].tolist()
-
-    def pack(self, gradients: Sequence[torch.Tensor | None], scale: float, check: bool) -> bool:
-        """Fill the buffer with `scale` times this rank's gradients; say whether they are finite, where that is asked.
-
-        A gradient that is a view of the buffer already, where nobody cleared it, is scaled in place.
-        """
-        own = [gradients[i] for i in self._places]
-        if self._elsewhere:
-            own = [None if g is None else g.to(self._device) for g in own]
-        if self._is_held(own):
-            self._allocate()
-        if self._elements > _LARGE and self._same_dtype:  # one way through memory in place of two
-            for view, g in zip(self._views, own, strict=True):
-                view.zero_() if g is None else torch.mul(g.to_dense(), scale, out=view)
-        else:
-            have, dense = self._views, [g if g.layout is torch.strided else g.to_dense() for g in own if g is not None]
-            if len(dense) < len(own):
-                torch._foreach_zero_([view for view, g in zip(have, own, strict=True) if g is None])
-                have = [view for view, g in zip(have, own, strict=True) if g is not None]
-            if have:
-                torch._foreach_copy_(have, dense)
-            self._scale_by(scale)
-        return not check or are_finite([self._numbers])
-
-    def _scale_by(self, factor: float) -> None:
-        if self.array is None or self._dtype not in _NUMPYS:
-            self._numbers.mul_(factor)
-        else:
-            if self._factor[0] != factor:
-                self._factor = factor, np.array(factor, self.array.dtype)  # numpy takes 5 us for it
-            numbers = self.array[: self._elements]
-            np.multiply(numbers, self._factor[1], out=numbers)
-
-    def unpack(self, means: list[torch.Tensor | None]) -> None:
-        """Put the means into their places in the list."""
-        for i, view, parameter in zip(self._places, self._views, self._parameters, strict=True):
-            as_is = self._same_dtype and not self._elsewhere
-            means[i] = view if as_is else view.to(parameter.device, parameter.dtype)
-
-    def _is_held(self, gradients: Sequence[torch.Tensor | None]) -> bool:
-        """Whether the last means, or other tensors and arrays of their memory, are held elsewhere than in `gradients`.
-
-        Who kept them in one process, after `zero_grad()`, kept numbers that do not change.
-        """
-        if self._count_aliases() > self._aliases:
-            return True
-        counts = list(map(sys.getrefcount, self._views))
-        if max(counts, default=0) <= _FREE:
-            return False
-        own = zip(counts, self._views, gradients, strict=True)
-        return any(count > _FREE for count, view, g in own if g is not view)
-
-
-def are_finite(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether every element of the tensors is finite."""
-    values = [t.coalesce().values() if t.is_sparse else t for t in tensors if t is not None]
-    # A sum is finite only where every element is; it takes a tenth of the time of looking at each.
-    return all(cmath.isfinite(v.sum().item()) or bool(v.isfinite().all()) for v in values)
-
-
-def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A part of a buffer in a parameter's shape, and in its order of dimensions where that leaves no gaps."""
-    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
-        return part.as_strided(parameter.shape, parameter.stride())
-    return part.view(parameter.shape)
 
 
 def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, scale: float, name: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -142,7 +144,9 @@ class _Distributed(torch.optim.Optimizer):
         self._averager = GradientAverager(_job.collective_name(), compression, reducer)
         self._passes = 0  # backward passes since the last step
         self._passes_at_step = 0  # and how many of them the latest step() knew
-        self._backward = -1  # the backward pass at whose end our callback is queued
+        self._open: set[int] = set()  # backward passes at whose end our callback is queued
+        self._may_send = False  # gradients of the present one
+        self._lock = threading.Lock()  # gradients of a CPU and of a GPU get ready in a thread for each
         self._held: list[Any] = []
         self._broken: str | None = None  # where the averaged gradients are not finite: the first of this rank's
         self._hook_parameters()
@@ -162,19 +166,38 @@ class _Distributed(torch.optim.Optimizer):
 
     def _hook_parameters(self) -> None:
         """Have each parameter call us once its gradient is there, in place of an earlier optimizer's hook."""
+        hook = self._send_when_ready if self._averager.overlaps else self._queue_callback
         for p in self._parameters():
             owner, handle = getattr(p, _HOOK, (None, None))
             if owner is not self:
                 if handle is not None:
                     handle.remove()
-                setattr(p, _HOOK, (self, p.register_post_accumulate_grad_hook(self._queue_callback)))
+                setattr(p, _HOOK, (self, p.register_post_accumulate_grad_hook(hook)))
 
     def _queue_callback(self, _: torch.Tensor) -> None:
         """After a parameter's gradient: have the engine call us once, at the end of this backward pass."""
         backward = torch._C._current_graph_task_id()
-        if backward != self._backward:
-            self._backward = backward
-            _engine.queue_callback(self._end_of_pass)
+        if backward not in self._open:
+            self._open.add(backward)
+            _engine.queue_callback(functools.partial(self._end_of_backward, backward))
+
+    def _send_when_ready(self, parameter: torch.Tensor) -> None:
+        """The same where gradients travel while the backward pass goes on."""
+        with self._lock:
+            if torch._C._current_graph_task_id() not in self._open:
+                # Where another pass is open this one is within it, whose gradients may change yet, or that one failed.
+                is_last = self._accumulation_steps in (1, self._passes + 1)
+                self._may_send = not self._open and is_last
+                self._queue_callback(parameter)
+            self._averager.ready(parameter, self._accumulation_steps, self._may_send)
+
+    def _end_of_backward(self, backward: int) -> None:
+        self._open.discard(backward)
+        if torch._C._current_autograd_node() is None:
+            self._open.clear()  # of passes that failed
+        elif self._open:  # it was within another one (re-entrant checkpointing), at whose end we are called too
+            return
+        self._end_of_pass()
 
     def _end_of_pass(self) -> None:
         self._passes += 1

@@ -1,21 +1,34 @@
-"""as_on_gpus.py WORKER [ARGUMENT …]: a worker's cases on the ways that a GPU's gradients take, on a CPU.
+"""as_on_gpus.py [--share] WORKER [ARGUMENT …]: a worker's cases on the ways that a GPU's gradients take, on a CPU.
 
-TensorFlow's are added up by Horovod where they are, in buckets so small that a model's gradients fill several; those of
-Keras on torch go through the host, as workers that share a GPU have it.
+torch's travel in buckets during the backward pass, and TensorFlow's are added up by Horovod where they are, in buckets;
+they are so small that a model's gradients fill several. With --share torch's go through the host, as workers that share
+a GPU have it.
 """
 
 import os
 import runpy
 import sys
-from types import SimpleNamespace
 
 from toolkit.adapters import _job
 
-if os.environ.get("KERAS_BACKEND") == "torch":
-    from toolkit.adapters import _keras_torch_ops
+share = sys.argv[1] == "--share"
+if share:
+    del sys.argv[1]
+if os.environ.get("KERAS_BACKEND") == "torch" or "torch" in " ".join(sys.argv[1:3]):
+    from toolkit.adapters import _torch_buckets, _torch_buffer
 
-    _keras_torch_ops.core = SimpleNamespace(get_device=lambda: "played")
-    _keras_torch_ops.check_place = lambda model: None
+    class Elsewhere(_torch_buffer.Buffer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self._elsewhere = True
+
+    if share:
+        from toolkit.adapters import _torch_average
+
+        _torch_average.Buffer = Elsewhere
+    else:
+        _job.reduces_on_gpu = lambda: True
+        _torch_buckets.BYTES = 60
 else:
     from toolkit.adapters import _reduction, _tensorflow_horovod
 

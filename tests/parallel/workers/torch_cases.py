@@ -1,10 +1,12 @@
 """Cases for the torch adapter, run by every rank; the reference is plain torch on the whole batch.
 
-Each prints `passed <case>` on rank 0 once every rank has come through it.
+Each prints `passed <case>` on rank 0 once every rank has come through it. Arguments: the cases; none: all.
 """
 
 import copy
 import inspect
+import os
+import sys
 import warnings
 
 import numpy as np
@@ -409,6 +411,62 @@ def half_accumulated_scaler_step():
     scaler.step(optimizer)
 
 
+def mixed_precision_step(model, optimizer, scaler, dtype, x, y, weight):
+    optimizer.zero_grad()
+    with torch.autocast("cpu", dtype):
+        loss = loss_of(model, x, y) * weight
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scaler.step(optimizer)
+    scaler.update()
+    return norm
+
+
+@case
+def mixed_precision_unscales_averages_clips_and_steps_as_one_process():
+    for dtype in (torch.bfloat16, torch.float16):
+        # Float16's scale makes the norm 1000 times the limit: clipped before it is unscaled, no step would be seen.
+        scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16) for _ in range(2)]
+        reference, plain = new(torch.optim.SGD, lr=0.5)
+        model, optimizer = new(torch.optim.SGD, lr=0.5)
+        optimizer = dp.distribute(optimizer, model)
+        begun = copy.deepcopy(model)
+        for step in range(6):
+            spoilt = dtype == torch.float16 and step == 3
+            before = [p.clone() for p in model.parameters()]
+            ((x, y, weight),) = mine(step)
+            if spoilt and WORLD.rank == WORLD.size - 1:
+                y = y + 1e5  # beyond float16: it overflows on one rank only
+            norm = mixed_precision_step(model, optimizer, scalers[0], dtype, x, y.to(dtype), weight)
+            if spoilt:
+                assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+                assert dp.gather(scalers[0].get_scale()) == [512.0] * WORLD.size
+                continue
+            x, y = batch(step)
+            alone = mixed_precision_step(reference, plain, scalers[1], dtype, x, y.to(dtype), 1.0)
+            assert torch.allclose(norm, alone, rtol=0.05), (dtype, norm, alone)
+        assert equal_on_all_ranks(model)
+        assert_close(model, reference, 1e-2)
+        assert max((p - q).abs().max() for p, q in zip(model.parameters(), begun.parameters(), strict=True)) > 0.05
+
+
+@case
+def a_model_that_is_compiled_before_or_after_distribute():
+    backend = os.environ.get("HVDKIT_TEST_COMPILER", "aot_eager")  # which compiles to no machine code
+    reference, plain = new(torch.optim.SGD)
+    train(reference, plain, whole)
+    for before in (True, False):
+        model, optimizer = new(torch.optim.SGD)
+        compiled = torch.compile(model, backend=backend) if before else model
+        optimizer = dp.distribute(optimizer, compiled)
+        compiled = compiled if before else torch.compile(model, backend=backend)
+        dp.broadcast_state(compiled, optimizer)
+        train(compiled, optimizer, mine)
+        assert equal_on_all_ranks(model)
+        assert_close(model, reference)
+
+
 @case
 def a_parameter_without_gradient_counts_as_zero_or_stays():
     torch.manual_seed(0)
@@ -620,7 +678,7 @@ def mistakes_get_one_clear_line():
 
 
 if __name__ == "__main__":
-    for function in CASES:
+    for function in [each for each in CASES if not sys.argv[1:] or each.__name__ in sys.argv[1:]]:
         function()
         if all(dp.gather(True)) and WORLD.rank == 0:
             print("passed", function.__name__, flush=True)
