@@ -715,12 +715,12 @@ class Run:
                 self._audit.restore(found.state["audit/counts"])
         else:
             adapter.broadcast_state(self.model, self.optimizer)
+        # Other workers than before, and generators of other devices, draw other numbers than before.
+        mixed = np.random.SeedSequence([seed, self.step]).generate_state(1)[0] if self.step else seed
+        adapter.seed_local(self.model, int(mixed), world.rank)
         if found is not None and local is not None:
             with _one_line(found.path, f"what rank {world.rank} keeps for itself"):
                 adapter.import_local(self.model, local, self.optimizer)
-        else:  # other workers than before draw other numbers than before
-            mixed = np.random.SeedSequence([seed, self.step]).generate_state(1)[0] if self.step else seed
-            adapter.seed_local(self.model, int(mixed), world.rank)
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
         """Refuse to continue a run whose position would mean other samples here, or what no run has saved."""

@@ -187,6 +187,9 @@ class Adapter(Protocol):
     def import_local(self, model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
         """Put back what `export_local` gave, all or nothing.
 
+        What a worker on a GPU keeps of that GPU's generator one on a CPU leaves out, and one on a GPU does without
+        where it comes from a CPU.
+
         Raises:
             UsageError: names, shapes or dtypes differ.
         """

@@ -169,6 +169,11 @@ def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callab
         print(f"gradients go through the host's memory: {why}", file=sys.stderr, flush=True)
 
 
+def has_gpu() -> bool:
+    """Whether this worker computes on a GPU."""
+    return _gpu is not None
+
+
 def usage(peak_memory: Callable[[], int]) -> dict[str, float]:
     """See `toolkit.adapters.Adapter.usage`; given the function for the bytes, which is called where there is a GPU."""
     return {} if _gpu is None else {"gpu_memory_megabytes": peak_memory() / 1e6}

@@ -13,6 +13,7 @@ import torch
 
 from toolkit import watch
 from toolkit.adapters import _job
+from toolkit.adapters._shared import GPU_RANDOM
 
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
@@ -73,15 +74,18 @@ def be_deterministic() -> None:
 
 
 def seed_random(seed: int) -> None:
-    """Seed torch's global generator."""
+    """Seed torch's global generator, and those of its GPUs."""
     torch.manual_seed(seed)
 
 
 def export_random() -> dict[str, np.ndarray]:
-    """The state of torch's global generator."""
-    return {"random/torch": torch.get_rng_state().numpy().copy()}
+    """The states of torch's global generator and, where this worker has a GPU, of the generator there."""
+    gpu = {GPU_RANDOM: torch.cuda.get_rng_state().numpy().copy()} if _job.has_gpu() else {}
+    return {"random/torch": torch.get_rng_state().numpy().copy(), **gpu}
 
 
 def import_random(state: Mapping[str, np.ndarray]) -> None:
-    """Put back what `export_random` gave."""
+    """Put back what `export_random` gave; on another kind of device than there, the GPU's generator stays as it is."""
     torch.set_rng_state(torch.from_numpy(state["random/torch"].copy()))
+    if _job.has_gpu() and GPU_RANDOM in state:
+        torch.cuda.set_rng_state(torch.from_numpy(state[GPU_RANDOM].copy()))

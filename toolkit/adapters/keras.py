@@ -159,7 +159,7 @@ def export_local(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
 
 def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.import_local`."""
-    _shared.check_state_fits(_reduction.without_compression(state), export_local(model))
+    _shared.check_local_fits(_reduction.without_compression(state), export_local(model))
     _keras_state.import_local(model, state)
     _ops.import_random(state)
     if _keras_optimizer.is_distributed(optimizer):
