@@ -71,6 +71,7 @@ def test_gradients_are_added_up_where_they_are_or_in_the_host_and_what_is_beside
         assert told, result.stderr[-3000:]
         expected = {"weights": ["CPU:1"], "reduces": [where], "beside": ["CPU:0"], "heard": True, "right": True}
         assert json.loads(told[1]) == expected, way
+    assert 'arrays [["CPU:0"], ["CPU:1"]]\n' in result.stdout
 
 
 def passes(cases, result):

@@ -18,6 +18,7 @@ from toolkit.adapters._torch_ops import (
     export_random,
     gather,
     import_random,
+    on_device,
     peak_memory,
     seed_random,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "export_random",
     "gather",
     "import_random",
+    "on_device",
     "peak_memory",
     "seed_random",
     "set_threads",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -14,6 +14,9 @@ import torch
 from toolkit import watch
 from toolkit.adapters import _job
 from toolkit.adapters._shared import GPU_RANDOM
+
+_device = torch.device("cpu")  # this worker's
+_copies: Any = None  # the stream of a GPU's on which arrays are copied there
 
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
@@ -54,12 +57,28 @@ def visible_gpus() -> int:
 
 def use_gpu(number: int) -> str:
     """Make this GPU the one that new tensors on "cuda", and Horovod, take; returns its name."""
+    global _device, _copies
     torch.cuda.set_device(number)
-    return f"cuda:{number}"
+    _device = torch.device("cuda", number)
+    _copies = torch.cuda.Stream(_device)
+    return str(_device)
 
 
 def use_cpu() -> None:
     """Compute on the CPU: torch does, unless told otherwise."""
+
+
+def on_device(arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
+    """`Adapter.on_device`."""
+    tensors = tuple(map(torch.from_numpy, arrays))
+    if _copies is None:
+        return tensors
+    with torch.cuda.stream(_copies):  # in a thread this sets the GPU too
+        there = tuple(tensor.pin_memory().to(_device, non_blocking=True) for tensor in tensors)
+    _copies.synchronize()
+    for tensor in there:  # else its memory could be filled again before the step that uses it is over
+        tensor.record_stream(torch.cuda.default_stream(_device))
+    return there
 
 
 def peak_memory() -> int:
