@@ -51,13 +51,13 @@ def build_model(dropout):
 cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def tensors(x, y):
-    return tf.constant(x[..., np.newaxis]), tf.constant(y)
+def inputs(images):
+    return images[..., np.newaxis]
 
 
 def evaluate(model, data, world):
     mine = block(len(data), world.rank, world.size)  # distributed: this rank's part of the test data
-    x, y = tensors(data.x[mine], data.y[mine])
+    x, y = dp.on_device(inputs(data.x[mine]), data.y[mine])
     accuracy = np.mean(tf.argmax(model(x, training=False), 1) == y) if len(y) else 0.0
     return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
 
@@ -77,13 +77,14 @@ def fit(world, options, train, test):
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         return loss
 
+    def augmented(batch):
+        return inputs(datasets.shifted(batch.x, batch.generators(), options.shift))
+
     with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
         for _ in run.epochs():
-            for batch in run.batches(train):  # distributed: this rank's part of each global batch
+            for batch in run.tensors(train, augmented):  # distributed: this rank's part of each global batch
                 optimizer.learning_rate = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                images = datasets.shifted(batch.x, batch.generators(), options.shift)
-                x, y = tensors(images, batch.y)
-                run.log(loss=train_step(x, y, tf.constant(batch.weight, tf.float32)))
+                run.log(loss=train_step(batch.x, batch.y, tf.constant(batch.weight, tf.float32)))
             run.end_epoch(**evaluate(model, test, world))
 
 

@@ -10,6 +10,7 @@ Lines marked `# distributed` are what data-parallel training adds to the script 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 
@@ -47,14 +48,14 @@ class CNN(torch.nn.Module):
         return self.fc2(self.dropout(relu(self.fc1(x.flatten(1)))))
 
 
-def tensors(x, y, device):
-    return torch.from_numpy(x).unsqueeze(1).to(device), torch.from_numpy(y).to(device)
+def inputs(images):
+    return images[:, np.newaxis]
 
 
 @torch.no_grad()
 def evaluate(model, data, world):
     mine = block(len(data), world.rank, world.size)  # distributed: this rank's part of the test data
-    x, y = tensors(data.x[mine], data.y[mine], world.device)
+    x, y = dp.on_device(inputs(data.x[mine]), data.y[mine])
     accuracy = (model(x).argmax(1) == y).float().mean().item() if len(y) else 0.0
     return dp.average({"test_accuracy": accuracy}, weight=len(y))  # distributed: mean over all samples
 
@@ -67,16 +68,17 @@ def fit(world, options, train, test):
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
     optimizer = dp.distribute(optimizer, model, **options.distribute)  # distributed
 
+    def augmented(batch):
+        return inputs(datasets.shifted(batch.x, batch.generators(), options.shift))
+
     with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
         for _ in run.epochs():
             model.train()
-            for batch in run.batches(train):  # distributed: this rank's part of each global batch
+            for batch in run.tensors(train, augmented):  # distributed: this rank's part of each global batch
                 for group in optimizer.param_groups:
                     group["lr"] = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                images = datasets.shifted(batch.x, batch.generators(), options.shift)
-                x, y = tensors(images, batch.y, world.device)
                 optimizer.zero_grad()
-                loss = cross_entropy(model(x), y) * batch.weight  # distributed: exact for unequal parts
+                loss = cross_entropy(model(batch.x), batch.y) * batch.weight  # distributed: exact for unequal parts
                 loss.backward()
                 optimizer.step()
                 run.log(loss=loss)

@@ -62,13 +62,14 @@ def fit(world, options, train, test):
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         return loss
 
+    def augmented(batch):
+        return datasets.with_noise(batch.x, batch.generators(), options.noise)
+
     with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
         for _ in run.epochs():
-            for batch in run.batches(train):  # distributed: this rank's part of each global batch
+            for batch in run.tensors(train, augmented):  # distributed: this rank's part of each global batch
                 optimizer.learning_rate = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                features = datasets.with_noise(batch.x, batch.generators(), options.noise)
-                x, y = tf.constant(features), tf.constant(batch.y)
-                run.log(loss=train_step(x, y, tf.constant(batch.weight, tf.float32)))
+                run.log(loss=train_step(batch.x, batch.y, tf.constant(batch.weight, tf.float32)))
             weight, bias = model.get_weights()
             run.end_epoch(**metrics(weight, bias, train, test))
 

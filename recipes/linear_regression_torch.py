@@ -54,16 +54,17 @@ def fit(world, options, train, test):
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
     optimizer = dp.distribute(optimizer, model, **options.distribute)  # distributed
 
+    def augmented(batch):
+        return datasets.with_noise(batch.x, batch.generators(), options.noise)
+
     with Run(options, world, dp, model, optimizer, len(train)) as run:  # distributed: resume, broadcast
         for _ in run.epochs():
-            for batch in run.batches(train):  # distributed: this rank's part of each global batch
+            for batch in run.tensors(train, augmented):  # distributed: this rank's part of each global batch
                 for group in optimizer.param_groups:
                     group["lr"] = run.learning_rate()  # distributed: scaled with the batch, warmed up
-                features = datasets.with_noise(batch.x, batch.generators(), options.noise)
-                x = dropout(torch.from_numpy(features).to(world.device), options.dropout)
-                y = torch.from_numpy(batch.y).to(world.device)
+                x = dropout(batch.x, options.dropout)
                 optimizer.zero_grad()
-                loss = half_squared_error(model(x), y) * batch.weight  # distributed: exact for unequal parts
+                loss = half_squared_error(model(x), batch.y) * batch.weight  # distributed: exact for unequal parts
                 loss.backward()
                 optimizer.step()
                 run.log(loss=loss)

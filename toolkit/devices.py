@@ -15,11 +15,19 @@ DEVICES = ("auto", "cpu", "gpu")
 
 @dataclass(frozen=True)
 class Place:
-    """What a worker computes on: `host`, and the UUID of its GPU; "" for the CPU."""
+    """What a worker computes on.
+
+    Attributes:
+        worker: its name.
+        host: that it is on.
+        gpu: the UUID of its GPU, or of its part of one (MIG); "" for the CPU.
+        bus: the GPU's place on the host's PCI bus, which parts of a GPU have alike.
+    """
 
     worker: str
     host: str
-    gpu: str
+    gpu: str = ""
+    bus: str = ""
 
 
 def choose(asked: str, world: World, visible: int) -> int | None:
@@ -45,15 +53,15 @@ def choose(asked: str, world: World, visible: int) -> int | None:
     return world.local_rank % visible
 
 
-def check(places: Sequence[Place], share: bool) -> bool:
-    """Whether each worker has a GPU of its own, told every worker's place; the same on all of them.
+def check(places: Sequence[Place], share: bool) -> str | None:
+    """Why NCCL can't add up what these workers have, told every worker's place; the same on all of them.
 
     Args:
         places: every worker's, in rank order.
         share: whether workers may have a GPU together.
 
     Returns:
-        False where two share one, or all are on CPUs.
+        None where each has a GPU of its own, else what is otherwise.
 
     Raises:
         UsageError: some workers have a GPU and others none; or two share one, and were not told to.
@@ -63,29 +71,37 @@ def check(places: Sequence[Place], share: bool) -> bool:
         raise UsageError(
             f"{without[0].worker} found no GPU, and other workers have: mend that host, or give --device cpu."
         )
+    if without:
+        return "the workers are on CPUs"
     for host in dict.fromkeys(place.host for place in places):
-        gpus = Counter(place.gpu for place in places if place.host == host and place.gpu)
-        if gpus and max(gpus.values()) > 1:
+        gpus = Counter(place.gpu for place in places if place.host == host)
+        if max(gpus.values()) > 1:
             if not share:
                 raise UsageError(
                     f"{sum(gpus.values())} workers on {host} and {len(gpus)} GPU(s): start as many there as "
                     "it has GPUs, or let workers share them with --share-gpus."
                 )
-            return False
-    return not without
+            return "workers share a GPU, which NCCL refuses"
+    if len({(place.host, place.bus) for place in places}) < len(places):
+        return "workers have parts of the same GPU (MIG), which NCCL refuses"
+    return None
 
 
-def uuid(number: int) -> str:
-    """The UUID of a GPU, by its number among those that CUDA_VISIBLE_DEVICES leaves to this process.
+def identity(number: int) -> tuple[str, str]:
+    """The UUID of a GPU and its place on the PCI bus, by its number among those that this process sees.
 
-    Asked of the driver, as not every framework tells it (CUDA Driver API: cuDeviceGetUuid_v2); of a part of a
-    GPU (MIG) it is the part's. Nothing is started on the device.
+    Asked of the driver, as not every framework tells it (CUDA Driver API: cuDeviceGetUuid_v2, cuDeviceGetPCIBusId).
+    Nothing is started on the device.
+
+    Raises:
+        UsageError: the driver does not tell.
     """
-    device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    device, found, bus = ctypes.c_int(), (ctypes.c_ubyte * 16)(), ctypes.create_string_buffer(32)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
         failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), number)
         failed = failed or driver.cuDeviceGetUuid_v2(ctypes.byref(found), device)
+        failed = failed or driver.cuDeviceGetPCIBusId(bus, len(bus), device)
     except (OSError, AttributeError) as error:
         raise UsageError(
             f"CUDA's driver can't be asked for GPU {number} ({error}): mend it, or give --device cpu."
@@ -94,4 +110,4 @@ def uuid(number: int) -> str:
         raise UsageError(
             f"CUDA's driver does not tell of GPU {number} (error {failed}): mend it, or give --device cpu."
         )
-    return bytes(found).hex()
+    return bytes(found).hex(), bus.value.decode()

@@ -1,6 +1,7 @@
-"""Cuts batches out of arrays by index: in bulk, and ahead of training, in a thread, where a cut takes long.
+"""Cuts batches out of arrays by index: in bulk, and ahead of training, in a thread, where that takes long.
 
-Who cuts changes neither the batches nor their order, so a run may be read in one way and resumed in another.
+What is made of the cuts, such as tensors on a GPU, is made in the same place. Who cuts changes neither the batches nor
+their order, so a run may be read in one way and resumed in another.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import mmap
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
@@ -19,13 +20,14 @@ import numpy as np
 from toolkit.errors import UsageError
 from toolkit.sharding import Part
 
-_SLOW = 0.0002  # seconds of a cut from which on a thread makes it: handing a batch over takes up to 0.05 ms
+_SLOW = 0.0002  # seconds of a batch from which on a thread makes it: handing it over takes up to 0.05 ms
 _SLOW_CUTS = 2  # in a row, that it is no other process's turn on the core
 _AHEAD = 2  # batches that are cut and wait, at most
 _LAST_CUT = 5.0  # seconds that the end of a loop waits for the thread, where its disk does not answer
 _FROM_DISK = 4e9  # bytes a second; a cut from memory is faster
 _RECYCLED = 4 << 20  # bytes of a cut from which on its memory is used again: the kernel clears what is new
 Cuts: TypeAlias = Generator[tuple[Part, Any, Any], None, None]
+Make: TypeAlias = Callable[[Part, Any, Any], tuple[Any, Any]]
 _alone = [np.empty(0)]
 _ALONE = sys.getrefcount(_alone[0])  # of an array that nothing holds but a list
 
@@ -99,7 +101,12 @@ class Rows:
         return np.empty((rows, *self._array.shape[1:]), self._array.dtype)
 
 
-def read(x: Any, y: Any, parts: Iterable[Part], samples: int) -> Cuts:
+def as_cut(part: Part, x: Any, y: Any) -> tuple[Any, Any]:
+    """The rows as they are."""
+    return x, y
+
+
+def read(x: Any, y: Any, parts: Iterable[Part], samples: int, make: Make = as_cut) -> Cuts:
     """Each part with its rows of x and y, in order, as a generator: close it where it is not taken to its end.
 
     Numpy's arrays must not be changed meanwhile, as their rows may be cut ahead: up to two batches, by a thread that
@@ -110,6 +117,7 @@ def read(x: Any, y: Any, parts: Iterable[Part], samples: int) -> Cuts:
         y: targets; see `Rows`.
         parts: this rank's passes.
         samples: the run's.
+        make: what to hand on in the place of a part's rows of x and y; may be called in the thread.
 
     Raises:
         UsageError: x or y has fewer rows.
@@ -117,14 +125,14 @@ def read(x: Any, y: Any, parts: Iterable[Part], samples: int) -> Cuts:
     for name, array in (("x", x), ("y", y)):
         if hasattr(array, "__len__") and len(array) < samples:
             raise UsageError(f"the data has {len(array)} rows in {name} and the run {samples}: give Run(…) its length.")
-    return _read(Rows(x), Rows(y), iter(parts))
+    return _read(Rows(x), Rows(y), iter(parts), make)
 
 
-def _read(x: Rows, y: Rows, parts: Iterator[Part]) -> Cuts:
+def _read(x: Rows, y: Rows, parts: Iterator[Part], make: Make) -> Cuts:
     slow_cuts = 0
     for part in parts:
         began = time.perf_counter()
-        rows = x.cut_again(part.indices), y.cut_again(part.indices)
+        rows = make(part, x.cut_again(part.indices), y.cut_again(part.indices))
         slow_cuts = slow_cuts + 1 if time.perf_counter() - began > _SLOW else 0
         yield part, *rows
         del rows  # so that its memory can be used again
@@ -132,7 +140,7 @@ def _read(x: Rows, y: Rows, parts: Iterator[Part]) -> Cuts:
             break
     else:
         return
-    reader = _Reader(x, y, parts)
+    reader = _Reader(x, y, parts, make)
     try:
         yield from reader.batches()
     finally:
@@ -142,9 +150,9 @@ def _read(x: Rows, y: Rows, parts: Iterator[Part]) -> Cuts:
 class _Reader(threading.Thread):
     """Cuts as many batches as it is asked for, in order."""
 
-    def __init__(self, x: Rows, y: Rows, parts: Iterator[Part]) -> None:
+    def __init__(self, x: Rows, y: Rows, parts: Iterator[Part], make: Make) -> None:
         super().__init__(name="hvdkit-reader", daemon=True)
-        self._x, self._y, self._parts = x, y, parts
+        self._x, self._y, self._parts, self._make = x, y, parts, make
         self._over = False
         # Queues in C: those of `queue.Queue` and futures take some 20 microseconds more a batch.
         self._asked: SimpleQueue[None] = SimpleQueue()
@@ -180,8 +188,10 @@ class _Reader(threading.Thread):
                 if from_disk:
                     x.announce(part.indices)
                     y.announce(part.indices)
-                self._cut.put((part, x.cut_again(part.indices), y.cut_again(part.indices)))
+                rows = x.cut_again(part.indices), y.cut_again(part.indices)
                 seconds = time.perf_counter() - began
+                self._cut.put((part, *self._make(part, *rows)))
+                del rows  # so that its memory can be used again
                 from_disk = len(part.indices) * (x.mapped_bytes + y.mapped_bytes) < seconds * _FROM_DISK
             self._cut.put(None)
         except BaseException as error:  # the loop's, in its place

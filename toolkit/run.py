@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -64,16 +64,16 @@ class Batch(NamedTuple):
     """This rank's part of a global batch.
 
     Attributes:
-        x: inputs, shape (n, …), n ≥ 1.
-        y: targets, shape (n, …).
+        x: inputs, shape (n, …), n ≥ 1: a numpy array, or of `Run.tensors` the framework's tensor.
+        y: targets, shape (n, …), likewise.
         weight: what to multiply the mean loss over the n samples with; see `toolkit.sharding`.
         indices: the samples' places in the data: int64, shape (n,).
         epoch: from 0.
         seed: the run's.
     """
 
-    x: np.ndarray
-    y: np.ndarray
+    x: Any
+    y: Any
     weight: float
     indices: np.ndarray
     epoch: int
@@ -293,10 +293,31 @@ class Run:
         """
         return self._batches(self.cuts(data, self.parts_left_in_epoch()), self.epoch)
 
-    def cuts(self, data: Any, parts: Iterable[Part]) -> reading.Cuts:
+    def tensors(self, data: Any, prepare: Callable[[Batch], Any] = lambda batch: batch.x) -> Iterator[Batch]:
+        """The same with `x` and `y` as the framework's tensors on this worker's device; see `Adapter.on_device`.
+
+        Where a batch takes long to cut, prepare and copy, a thread does it while training goes on, up to two ahead.
+
+        Args:
+            data: as for `batches`.
+            prepare: from a batch of numpy arrays to the model's input, an array too, such as adding a channel axis or
+                augmentation. Its random numbers are `Batch.generators`', as those of global generators would be drawn
+                at other times where the run is resumed.
+
+        Raises:
+            UsageError: x or y has fewer rows.
+        """
+        epoch, seed, on_device = self.epoch, self.options.seed, self.adapter.on_device
+
+        def make(part: Part, x: Any, y: Any) -> tuple[Any, ...]:
+            return on_device(prepare(Batch(x, y, part.weight, part.indices, epoch, seed)), y)
+
+        return self._batches(self.cuts(data, self.parts_left_in_epoch(), make), epoch)
+
+    def cuts(self, data: Any, parts: Iterable[Part], make: reading.Make = reading.as_cut) -> reading.Cuts:
         """The parts with their rows of `data.x` and `data.y`; see `toolkit.reading`. End with the run, or the next."""
         self._end_cuts()
-        self._cuts = reading.read(data.x, data.y, parts, self.sharding.samples)
+        self._cuts = reading.read(data.x, data.y, parts, self.sharding.samples, make)
         return self._cuts
 
     def _end_cuts(self) -> None:
@@ -715,12 +736,12 @@ class Run:
                 self._audit.restore(found.state["audit/counts"])
         else:
             adapter.broadcast_state(self.model, self.optimizer)
+        # Other workers than before, and generators of other devices, draw other numbers than before.
+        mixed = np.random.SeedSequence([seed, self.step]).generate_state(1)[0] if self.step else seed
+        adapter.seed_local(self.model, int(mixed), world.rank)
         if found is not None and local is not None:
             with _one_line(found.path, f"what rank {world.rank} keeps for itself"):
                 adapter.import_local(self.model, local, self.optimizer)
-        else:  # other workers than before draw other numbers than before
-            mixed = np.random.SeedSequence([seed, self.step]).generate_state(1)[0] if self.step else seed
-            adapter.seed_local(self.model, int(mixed), world.rank)
 
     def _check_same_run(self, found: checkpoint.Checkpoint) -> None:
         """Refuse to continue a run whose position would mean other samples here, or what no run has saved."""

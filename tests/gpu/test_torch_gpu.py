@@ -52,3 +52,21 @@ def test_a_run_is_resumed_on_the_other_device(first, then, tmp_path):
     wanted = losses(1, tmp_path / "whole", "--device", "cpu")
     losses(1, tmp_path / "parts", "--device", first, "--max-steps", "20")
     assert losses(1, tmp_path / "parts", "--device", then, "--resume") == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_run_with_dropout_is_resumed_to_the_bit(tmp_path):
+    options = ["--device", "gpu", "--deterministic", "--dropout", "0.5"]
+    wanted = losses(1, tmp_path / "whole", *options)
+    losses(1, tmp_path / "parts", *options, "--max-steps", "20")
+    assert losses(1, tmp_path / "parts", *options, "--resume") == wanted
+    cpu = losses(1, tmp_path / "cpu", "--device", "cpu", "--dropout", "0.5")
+    losses(1, tmp_path / "moved", *options, "--max-steps", "20")
+    moved = losses(1, tmp_path / "moved", *options, "--device", "cpu", "--resume")
+    assert moved[:20] == wanted[:20] and len(moved) == 40 and moved[20:] != cpu[20:]  # other masks, and it goes on
+
+
+def test_batches_that_a_thread_prepares_and_copies_are_those_of_the_cpu(tmp_path):
+    """Augmentation takes longer than what the loop's own thread does."""
+    options = ["--shift", "2", "--global-batch-size", "256", "--epochs", "8"]
+    wanted = losses(1, tmp_path / "cpu", "--device", "cpu", *options)
+    assert losses(1, tmp_path / "gpu", "--device", "gpu", *options) == pytest.approx(wanted, rel=1e-3)

@@ -17,3 +17,11 @@ def test_stopped_at_every_step(size, tmp_path):
     result = launch(size, [WORKERS / "resume_cases.py", tmp_path])
     assert result.returncode == 0, result.stderr[-3000:]
     assert "every stop resumed to the same bits" in result.stdout
+
+
+@pytest.mark.parametrize("adapter", ["torch", pytest.param("keras", marks=pytest.mark.long)])
+def test_random_numbers_of_a_gpu(adapter, tmp_path):
+    """On GPUs whose generators are played."""
+    environment = {"KERAS_BACKEND": "torch"} if adapter == "keras" else {}
+    result = launch(2, [WORKERS / "played_cuda.py", tmp_path], environment=environment)
+    assert "the GPU's random numbers go on" in result.stdout, result.stderr[-3000:]

@@ -53,6 +53,12 @@ def test_more_workers_than_gpus_are_refused_or_share():
     assert result.stderr.count("gradients go through the host's memory: workers share a GPU") == 1
 
 
+def test_workers_with_parts_of_a_gpu_train_without_nccl():
+    found, result = played(2, "1", "parts")
+    assert [rank[:2] for rank in found] == [("GPU:0", "0")] * 2, result.stderr[-3000:]
+    assert result.stderr.count("gradients go through the host's memory: workers have parts of the same GPU (MIG)") == 1
+
+
 def test_cpu_hides_the_gpus():
     found, result = played(1, "2", "--device", "cpu", launcher="none")
     assert [rank[:2] for rank in found] == [("cpu", "")], result.stderr[-3000:]
@@ -65,6 +71,7 @@ def test_gradients_are_added_up_where_they_are_or_in_the_host_and_what_is_beside
         assert told, result.stderr[-3000:]
         expected = {"weights": ["CPU:1"], "reduces": [where], "beside": ["CPU:0"], "heard": True, "right": True}
         assert json.loads(told[1]) == expected, way
+    assert 'arrays [["CPU:0"], ["CPU:1"]]\n' in result.stdout
 
 
 def passes(cases, result):

@@ -1,7 +1,7 @@
 """A driver, NVML and NCCL that are played by stubs, for programs started with their directory in LD_LIBRARY_PATH.
 
 What they answer stands in the environment: STUB_VERSION, STUB_INIT, STUB_GPUS (names, split by |), STUB_MODE,
-STUB_APART (the numbers of two GPUs, such as 01), STUB_HANG, STUB_CRASH, STUB_NCCL.
+STUB_APART (the numbers of two GPUs, such as 01), STUB_HANG, STUB_CRASH, STUB_NCCL, STUB_BUS (of GPUs, split by |).
 """
 
 import subprocess
@@ -11,6 +11,13 @@ _CUDA = r"""
 #include <string.h>
 #include <unistd.h>
 static const char *told(const char *name, const char *otherwise) { return getenv(name) ? getenv(name) : otherwise; }
+static void item(char *text, int length, const char *items, int number) {
+    while (number) number -= *items++ == '|';
+    size_t size = strcspn(items, "|");
+    if (size >= (size_t)length) size = length - 1;
+    memcpy(text, items, size);
+    text[size] = 0;
+}
 int cuDriverGetVersion(int *version) { *version = atoi(told("STUB_VERSION", "13000")); return 0; }
 int cuInit(unsigned flags) {
     if (getenv("STUB_HANG")) pause();
@@ -25,11 +32,15 @@ int cuDeviceGetCount(int *count) {
 }
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }
 int cuDeviceGetName(char *name, int length, int device) {
-    const char *names = told("STUB_GPUS", "NVIDIA Stub 80GB");
-    while (device) device -= *names++ == '|';
-    size_t size = strcspn(names, "|");
-    memcpy(name, names, size);
-    name[size] = 0;
+    item(name, length, told("STUB_GPUS", "NVIDIA Stub 80GB"), device);
+    return 0;
+}
+int cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
+    for (int i = 0; i < 16; i++) uuid[i] = 16 * device + i;
+    return 0;
+}
+int cuDeviceGetPCIBusId(char *text, int length, int device) {
+    item(text, length, told("STUB_BUS", "0000:01:00.0|0000:02:00.0"), device);
     return 0;
 }
 int cuDeviceTotalMem_v2(size_t *size, int device) { *size = 80ull << 30; return 0; }

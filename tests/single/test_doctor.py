@@ -209,6 +209,10 @@ def test_resources():
     ("installed", "built", "imported", "ok", "found"),
     [
         ("2.13.0", {"torch": "2.13.0"}, {"ok": True}, True, "the installed one"),
+        ("2.11.0", {"torch": "2.11.0+cu130"}, {"ok": True}, True, "the installed one"),  # as PyPI's CUDA build tells it
+        ("2.11.0+cu130", {"torch": "2.11.0"}, {"ok": True}, True, "the installed one"),
+        ("2.11.0+cpu", {"torch": "2.11.0+cu130"}, {"ok": True}, False, r"2.11.0\+cu130, and 2.11.0\+cpu is installed"),
+        ("2.12.0", {"torch": "2.11.0+cu130"}, {"ok": True}, False, r"2.11.0\+cu130, and 2.12.0 is installed"),
         ("2.14.0", {"torch": "2.13.0"}, {"ok": True}, False, "built for torch 2.13.0, and 2.14.0 .* by luck"),
         ("2.14.0", {"torch": "2.13.0"}, {"ok": False, "found": "undefined symbol: x"}, False, "undefined symbol: x"),
         ("2.13.0", {"torch": "2.13.0"}, {"ok": False, "found": "no"}, False, "can't be imported: no"),

@@ -2,6 +2,7 @@
 
 import mmap
 import threading
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -163,6 +164,57 @@ def test_an_error_comes_at_its_batch(settings_of_reading, slow, at):
                 np.testing.assert_array_equal(cut, x[part.indices])
                 taken += 1
         assert taken == at and not threads()
+
+
+@pytest.mark.parametrize("slow", [SLOW, FAST], ids=["by the thread", "here"])
+def test_what_is_made_of_a_cut_is_made_where_it_is_cut(settings_of_reading, slow):
+    settings_of_reading(slow)
+    x, y, makers = np.arange(80.0), np.arange(80), []
+
+    def make(part, x_cut, y_cut):
+        makers.append(threading.current_thread().name)
+        if part.indices[0] == last:
+            raise ValueError("can't be made")
+        return x_cut + 1, (part.weight, y_cut)
+
+    parts = parts_of(80, 8)
+    last, taken = parts[-1].indices[0], 0
+    with pytest.raises(ValueError, match="can't be made"):
+        for part, x_made, (weight, y_made) in read(x, y, parts, 80, make):
+            np.testing.assert_array_equal(x_made, x[part.indices] + 1)
+            np.testing.assert_array_equal(y_made, part.indices)
+            assert weight == part.weight
+            taken += 1
+    assert taken == 9 and len(makers) == 10 and not threads()
+    assert makers.count("hvdkit-reader") == (8 if slow == SLOW else 0)
+
+
+def test_a_cut_that_is_quick_of_which_something_is_made_slowly(settings_of_reading):
+    settings_of_reading(0.05)
+    began = []
+
+    def make(part, x_cut, y_cut):
+        time.sleep(0.06)
+        return x_cut, y_cut
+
+    for _ in read(np.arange(80.0), np.arange(80), parts_of(80, 8), 80, make):
+        began.append(bool(threads()))
+    assert began[:3] == [False, False, True]
+
+
+def test_memory_is_used_again_of_which_nothing_was_kept(settings_of_reading):
+    """As where a GPU has a copy."""
+    settings_of_reading(SLOW, recycled=1)
+    places = []
+
+    def make(part, x_cut, y_cut):
+        places.append(x_cut.ctypes.data)
+        return x_cut.copy(), y_cut.copy()
+
+    x = np.arange(800).reshape(80, 10)
+    kept = [(part, x_made) for part, x_made, _ in read(x, np.arange(80), parts_of(80, 8), 80, make)]
+    assert all(np.array_equal(x_made, x[part.indices]) for part, x_made in kept)
+    assert len(set(places)) == 1
 
 
 @pytest.mark.parametrize("taken", [1, 2, 3, 5])

@@ -163,6 +163,13 @@ class Adapter(Protocol):
             of this rank's gradients that was not finite ("" where only other ranks had one).
         """
 
+    def on_device(self, *arrays: np.ndarray) -> tuple[Any, ...]:
+        """The framework's tensors of numpy arrays on this worker's device; any thread may call it.
+
+        To a GPU they are copied by way of pinned memory beside what it computes, in torch, and are there when it
+        returns, for use on the device's default stream. On a CPU they may share the arrays' memory.
+        """
+
     def export_state(self, model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
         """Copies of the model's parameters and buffers and of the optimizer's state, by stable names.
 
@@ -208,6 +215,9 @@ class Adapter(Protocol):
 
     def import_local(self, model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
         """Put back what `export_local` gave, all or nothing.
+
+        What a worker on a GPU keeps of that GPU's generator one on a CPU leaves out, and one on a GPU does without
+        where it comes from a CPU.
 
         Raises:
             UsageError: names, shapes or dtypes differ.

@@ -171,13 +171,19 @@ def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callab
         UsageError: see `toolkit.devices.check`.
     """
     global _reduces_on_gpu
-    place = devices.Place(here.name, socket.gethostname(), "" if _gpu is None else devices.uuid(_gpu))
+    place = devices.Place(here.name, socket.gethostname(), *(() if _gpu is None else devices.identity(_gpu)))
     places = gather(place, all_groups=True) if hvd.size() > 1 and asked != "cpu" else [place]
-    own = devices.check(places, share)
-    _reduces_on_gpu = own and bool(hvd.nccl_built())
-    if hvd.size() > 1 and _gpu is not None and not _reduces_on_gpu and hvd.rank() == 0:
-        why = "Horovod was built without NCCL: `make setup GPU=1`" if own else "workers share a GPU, which NCCL refuses"
-        print(f"gradients go through the host's memory: {why}", file=sys.stderr, flush=True)
+    why_not = devices.check(places, share)
+    if why_not is None and not hvd.nccl_built():
+        why_not = "Horovod was built without NCCL: `make setup GPU=1`"
+    _reduces_on_gpu = why_not is None
+    if hvd.size() > 1 and _gpu is not None and why_not and hvd.rank() == 0:
+        print(f"gradients go through the host's memory: {why_not}", file=sys.stderr, flush=True)
+
+
+def has_gpu() -> bool:
+    """Whether this worker computes on a GPU."""
+    return _gpu is not None
 
 
 def usage(peak_memory: Callable[[], int]) -> dict[str, float]:

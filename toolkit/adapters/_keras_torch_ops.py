@@ -19,6 +19,7 @@ from toolkit.adapters._torch_ops import (
     export_random,
     gather,
     import_random,
+    on_device,
     peak_memory,
     seed_random,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "export_random",
     "gather",
     "import_random",
+    "on_device",
     "peak_memory",
     "seed_random",
     "set_threads",

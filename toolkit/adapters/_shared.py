@@ -12,6 +12,8 @@ from toolkit import compression as compressors
 from toolkit.errors import UsageError
 from toolkit.options import REDUCERS
 
+GPU_RANDOM = "random/torch_cuda"  # the state of torch's generator on a worker's GPU
+
 
 def seed_python_and_numpy(seed: int) -> None:
     """Seed `random` and numpy's legacy global generator, which users' own data code may use."""
@@ -98,6 +100,13 @@ def digest_arrays(state: Mapping[str, np.ndarray]) -> dict[str, str]:
 def check_state_fits(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
     """Raise `UsageError` listing the first differences in names, shapes and dtypes."""
     refuse(differences(found, expected))
+
+
+def check_local_fits(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """As `check_state_fits`, for `Adapter.export_local`: the random state of a GPU may be there on one side alone."""
+    if (GPU_RANDOM in found) != (GPU_RANDOM in expected):
+        found, expected = ({n: a for n, a in state.items() if n != GPU_RANDOM} for state in (found, expected))
+    check_state_fits(found, expected)
 
 
 def differences(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -18,6 +18,8 @@ from toolkit.adapters._tensorflow_average import GradientAverager as GradientAve
 from toolkit.adapters._tensorflow_horovod import HOST
 from toolkit.adapters._tensorflow_horovod import exchange_flag as exchange_flag
 from toolkit.errors import UsageError
+
+_GPU = "GPU:0"  # a worker's own: it sees no other
 
 
 def set_threads(threads: int) -> None:
@@ -72,7 +74,15 @@ def use_gpu(number: int) -> str:
     gpu = tf.config.list_physical_devices("GPU")[number]
     _show([gpu])
     tf.config.experimental.set_memory_growth(gpu, True)
-    return "GPU:0"
+    return _GPU
+
+
+def on_device(arrays: Sequence[np.ndarray]) -> tuple[tf.Tensor, ...]:
+    """`Adapter.on_device`."""
+    if not _job.has_gpu():
+        return tuple(map(tf.constant, arrays))
+    with tf.device(_GPU):
+        return tuple(map(tf.constant, arrays))
 
 
 def use_cpu() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -13,6 +13,10 @@ import torch
 
 from toolkit import watch
 from toolkit.adapters import _job
+from toolkit.adapters._shared import GPU_RANDOM
+
+_device = torch.device("cpu")  # this worker's
+_copies: Any = None  # the stream of a GPU's on which arrays are copied there
 
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
@@ -53,12 +57,28 @@ def visible_gpus() -> int:
 
 def use_gpu(number: int) -> str:
     """Make this GPU the one that new tensors on "cuda", and Horovod, take; returns its name."""
+    global _device, _copies
     torch.cuda.set_device(number)
-    return f"cuda:{number}"
+    _device = torch.device("cuda", number)
+    _copies = torch.cuda.Stream(_device)
+    return str(_device)
 
 
 def use_cpu() -> None:
     """Compute on the CPU: torch does, unless told otherwise."""
+
+
+def on_device(arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
+    """`Adapter.on_device`."""
+    tensors = tuple(map(torch.from_numpy, arrays))
+    if _copies is None:
+        return tensors
+    with torch.cuda.stream(_copies):  # in a thread this sets the GPU too
+        there = tuple(tensor.pin_memory().to(_device, non_blocking=True) for tensor in tensors)
+    _copies.synchronize()
+    for tensor in there:  # else its memory could be filled again before the step that uses it is over
+        tensor.record_stream(torch.cuda.default_stream(_device))
+    return there
 
 
 def peak_memory() -> int:
@@ -73,15 +93,18 @@ def be_deterministic() -> None:
 
 
 def seed_random(seed: int) -> None:
-    """Seed torch's global generator."""
+    """Seed torch's global generator, and those of its GPUs."""
     torch.manual_seed(seed)
 
 
 def export_random() -> dict[str, np.ndarray]:
-    """The state of torch's global generator."""
-    return {"random/torch": torch.get_rng_state().numpy().copy()}
+    """The states of torch's global generator and, where this worker has a GPU, of the generator there."""
+    gpu = {GPU_RANDOM: torch.cuda.get_rng_state().numpy().copy()} if _job.has_gpu() else {}
+    return {"random/torch": torch.get_rng_state().numpy().copy(), **gpu}
 
 
 def import_random(state: Mapping[str, np.ndarray]) -> None:
-    """Put back what `export_random` gave."""
+    """Put back what `export_random` gave; on another kind of device than there, the GPU's generator stays as it is."""
     torch.set_rng_state(torch.from_numpy(state["random/torch"].copy()))
+    if _job.has_gpu() and GPU_RANDOM in state:
+        torch.cuda.set_rng_state(torch.from_numpy(state[GPU_RANDOM].copy()))

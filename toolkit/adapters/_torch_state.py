@@ -82,7 +82,7 @@ def export_local(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def import_local(model: torch.nn.Module, state: Mapping[str, np.ndarray]) -> None:
     """Put back what `export_local` gave, or raise `UsageError` and change nothing."""
-    _shared.check_state_fits(state, export_local(model))
+    _shared.check_local_fits(state, export_local(model))
     _shared.import_python_and_numpy(state)
     _torch_ops.import_random(state)
     _copy_into(model, state)

@@ -137,6 +137,11 @@ def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     return _ops.exchange_flag(flag)
 
 
+def on_device(*arrays: np.ndarray) -> tuple[Any, ...]:
+    """See `toolkit.adapters.Adapter.on_device`."""
+    return _ops.on_device(arrays)
+
+
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_state`; the same names on both backends."""
     return _keras_state.export_state(model, optimizer)
@@ -171,7 +176,7 @@ def export_local(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
 
 def import_local(model: Any, state: Mapping[str, np.ndarray], optimizer: Any = None) -> None:
     """See `toolkit.adapters.Adapter.import_local`."""
-    _shared.check_state_fits(_reduction.without_compression(state), export_local(model))
+    _shared.check_local_fits(_reduction.without_compression(state), export_local(model))
     _keras_state.import_local(model, state)
     _ops.import_random(state)
     if _keras_optimizer.is_distributed(optimizer):

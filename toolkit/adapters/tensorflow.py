@@ -135,6 +135,11 @@ def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     return _tensorflow_ops.exchange_flag(flag)
 
 
+def on_device(*arrays: np.ndarray) -> tuple[Any, ...]:
+    """See `toolkit.adapters.Adapter.on_device`."""
+    return _tensorflow_ops.on_device(arrays)
+
+
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_state`; names as in the keras adapter."""
     return _keras_state.export_state(model, optimizer)

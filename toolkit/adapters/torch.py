@@ -347,6 +347,11 @@ def exchange_flag(flag: bool | None) -> tuple[bool, str | None]:
     return _reduction.exchange_flag(flag)
 
 
+def on_device(*arrays: np.ndarray) -> tuple[Any, ...]:
+    """See `toolkit.adapters.Adapter.on_device`."""
+    return _torch_ops.on_device(arrays)
+
+
 def export_state(model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:
     """See `toolkit.adapters.Adapter.export_state`.
 

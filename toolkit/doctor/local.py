@@ -171,7 +171,7 @@ def horovod_for(name: str, installed: str, built: Mapping[str, str], imported: M
         hint = f"to train with it: {_BUILD} --frameworks {','.join(sorted({*built, name}))}"
         why = f" ({outcome['found']})" if not built and outcome is not None else ""
         return Check(label, "", None, f"not built for it{why}", hint)
-    if built.get(name, installed) != installed:
+    if not _same(built.get(name, installed), installed):
         found = f"built for {name} {built[name]}, and {installed} is installed"
         if outcome is not None:
             found += "; by luck it can be imported" if outcome["ok"] else f"; can't be imported: {outcome['found']}"
@@ -181,6 +181,13 @@ def horovod_for(name: str, installed: str, built: Mapping[str, str], imported: M
     if not outcome["ok"]:
         return Check(label, "", False, f"can't be imported: {outcome['found']}", f"{_BUILD} --force")
     return Check(label, "", True, f"built for {name} {installed}, the installed one, and imported")
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two versions are the same; 2.11.0 is 2.11.0+cu130, as a package may leave out what its module tells."""
+    if "+" in one and "+" in other:
+        return one == other
+    return one.partition("+")[0] == other.partition("+")[0]
 
 
 def _mpi(facts: Facts, imported: Imports, mpirun: Installed | UsageError) -> list[Check]:

@@ -640,6 +640,13 @@ def what_ranks_keep_for_themselves_goes_on_where_it_was():
 
 
 @case
+def arrays_become_the_backends_tensors():
+    x, y = dp.on_device(np.eye(2, dtype="float32"), np.arange(3))
+    assert keras.ops.is_tensor(x) and keras.ops.convert_to_numpy(keras.ops.matmul(x, x)).tolist() == [[1, 0], [0, 1]]
+    assert keras.ops.convert_to_numpy(y).tolist() == [0, 1, 2]
+
+
+@case
 def averages_are_weighted():
     r, n = WORLD.rank, WORLD.size
     found = dp.average({"a": float(r), "b": np.array([[1.0, r]])}, weight=r + 1)

@@ -1,5 +1,9 @@
-"""TensorFlow is told of GPUs that there are not: played_gpus.py COUNT [touched] [OPTION …]; prints what it would do."""
+"""TensorFlow is told of GPUs that there are not: played_gpus.py COUNT [touched] [OPTION …]; prints what it would do.
 
+COUNT parts: they are parts of a GPU, and each worker sees its own alone.
+"""
+
+import os
 import sys
 
 import tensorflow as tf
@@ -10,6 +14,7 @@ from toolkit import devices
 from toolkit.options import RunOptions, parse
 
 count, *sys.argv[1:] = sys.argv[1:]
+parts = "parts" in sys.argv[1:] and not sys.argv.remove("parts")
 touched = "touched" in sys.argv[1:] and not sys.argv.remove("touched")
 runtime = context.context()
 runtime._initialize_physical_devices()
@@ -17,7 +22,8 @@ played = [tf.config.PhysicalDevice(f"/physical_device:GPU:{i}", "GPU") for i in 
 runtime._physical_devices += played
 runtime._visible_device_list += played
 runtime._memory_growth_map.update(dict.fromkeys(played))
-devices.uuid = lambda number: f"{number:032x}"
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+devices.identity = lambda number: (f"{rank + 7 if parts else number:032x}", f"0000:0{0 if parts else number}:00.0")
 if touched:
     tf.constant(0)
 options = parse(RunOptions, __doc__)

@@ -11,6 +11,7 @@ import torch
 
 import toolkit.adapters.torch as dp
 from toolkit import reading
+from toolkit.adapters import _torch_ops
 from toolkit.datasets import Split
 from toolkit.options import RunOptions
 from toolkit.run import Run
@@ -129,7 +130,79 @@ def says_where_it_waits():
     assert said[: len(expected)] == expected, said
 
 
-for case in (whole_epochs, left_by_break, left_by_max_steps, left_by_an_error, two_at_a_time, says_where_it_waits):
+def tensors_are_the_batches():
+    makers = []
+
+    def doubled(batch):
+        makers.append(threading.current_thread().name)
+        return 2 * batch.x + [[g.random(dtype=np.float32)] for g in batch.generators()]
+
+    with run() as r, run() as other:
+        for batch, (x, y, *rest) in zip(r.batches(DATA), other.tensors(DATA, doubled), strict=True):
+            noise = [[g.random(dtype=np.float32)] for g in batch.generators()]
+            assert torch.equal(x, torch.from_numpy(2 * batch.x + noise)) and torch.equal(y, torch.from_numpy(batch.y))
+            assert [np.array_equal(a, b) for a, b in zip(rest, batch[2:], strict=True)] == [True] * 4
+            step(r, batch)
+            other.log(loss=0.0)
+        assert len(makers) == 15 and makers.count("hvdkit-reader") == 13
+        r.end_epoch()
+        other.end_epoch()
+        for x, *_ in other.tensors(DATA):
+            assert x.dtype == torch.float32 and x.device.type == "cpu"
+            other.log(loss=0.0)
+        other.end_epoch()
+
+
+class Copies:
+    """Plays the stream on which arrays are copied to a GPU, and notes what is done there."""
+
+    def __init__(self):
+        self.done = []
+
+    def __enter__(self):
+        self.done.append("begin")
+
+    def __exit__(self, *_):
+        self.done.append("end")
+
+    def synchronize(self):
+        self.done.append("wait")
+
+
+def arrays_are_on_a_gpu_when_they_are_handed_on():
+    """With the CPU in its place: by way of pinned memory, on their own stream, and safe on the one that computes."""
+    stream, to = Copies(), torch.Tensor.to
+    played = {
+        "pin_memory": lambda self: stream.done.append("pin") or self.clone(),
+        "to": lambda self, *a, **options: stream.done.append(options) or to(self, *a, **options),
+        "record_stream": lambda self, on: stream.done.append(on),
+    }
+    before = {name: getattr(torch.Tensor, name) for name in played}
+    cuda = {"stream": lambda it: it, "default_stream": lambda device: f"computes on {device}"}
+    _torch_ops._copies = stream
+    try:
+        for name, function in played.items():
+            setattr(torch.Tensor, name, function)
+        for name, function in cuda.items():
+            cuda[name] = getattr(torch.cuda, name)
+            setattr(torch.cuda, name, function)
+        x, y = dp.on_device(DATA.x, DATA.y[:, 0])
+    finally:
+        _torch_ops._copies = None
+        for name, function in before.items():
+            setattr(torch.Tensor, name, function)
+        for name, function in cuda.items():
+            setattr(torch.cuda, name, function)
+    assert x.numpy().tobytes() == DATA.x.tobytes() and y.shape == (SAMPLES,)
+    one = ["pin", {"non_blocking": True}]
+    assert stream.done == ["begin", *one, *one, "end", "wait", "computes on cpu", "computes on cpu"], stream.done
+
+
+CASES = (
+    *(whole_epochs, left_by_break, left_by_max_steps, left_by_an_error, two_at_a_time, says_where_it_waits),
+    *(tensors_are_the_batches, arrays_are_on_a_gpu_when_they_are_handed_on),
+)
+for case in CASES:
     if world.rank == 0:
         print(case.__name__, flush=True)
     case()

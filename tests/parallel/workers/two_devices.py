@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 import toolkit.adapters.tensorflow as dp
-from toolkit.adapters import _job, _tensorflow_horovod
+from toolkit.adapters import _job, _tensorflow_horovod, _tensorflow_ops
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -46,6 +46,21 @@ def found(way):
     }
 
 
+def arrays():
+    """Where arrays are, given to a worker with the CPU, and with the GPU that CPU:1 plays."""
+    found = []
+    for has_gpu in (False, True):
+        _job.has_gpu = lambda has_gpu=has_gpu: has_gpu
+        x, y = dp.on_device(np.ones((2, 3)), np.arange(2.0))
+        assert x.shape == (2, 3) and x.dtype == tf.float64 and y.numpy().tolist() == [0, 1]
+        found.append(places([x, y]))
+    return found
+
+
+_tensorflow_ops._GPU = "CPU:1"
+told = json.dumps(arrays())
+if world.rank == 0:
+    print("arrays", told, flush=True)
 for way in ("nccl", "host"):
     told = json.dumps(found(way))
     if world.rank == 0:
