@@ -87,6 +87,10 @@ def _step_time(results: Mapping[str, Any]) -> Any:
         for place, name in enumerate(contestants):
             _bars(axes, results, framework, models, name, place * width - 0.4 + width / 2, width)
         axes.axhline(1, color="#9a9a9a", linewidth=1.5)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.set_xticks(range(len(models)), [MODELS[model].title.replace(" ", "\n", 1) for model in models])
         axes.set_ylabel("× the floor's step time")
         axes.set_title(f"{framework}, 2 ranks: step time over that of processes that do not communicate")
@@ -111,7 +115,9 @@ def _bars(
         heights.append(middle)
         below.append(middle - min(times) / unit)
         above.append(max(times) / unit - middle)
-    axes.bar(places, heights, width, yerr=[below, above], color=COLOURS[name], label=name, error_kw={"elinewidth": 1})
+    if places:  # from the floor up
+        line = {"yerr": [below, above], "error_kw": {"elinewidth": 1}}
+        axes.bar(places, [height - 1 for height in heights], width, 1, color=COLOURS[name], label=name, **line)
 
 
 def _scaling(results: Mapping[str, Any]) -> Any:
