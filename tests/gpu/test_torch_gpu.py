@@ -70,3 +70,22 @@ def test_batches_that_a_thread_prepares_and_copies_are_those_of_the_cpu(tmp_path
     options = ["--shift", "2", "--global-batch-size", "256", "--epochs", "8"]
     wanted = losses(1, tmp_path / "cpu", "--device", "cpu", *options)
     assert losses(1, tmp_path / "gpu", "--device", "gpu", *options) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("case", ["mixed_precision", "compiled_before_and_after"])
+def test_case_alone_and_on_a_shared_gpu(case, size):
+    result = launch(size, [ROOT / "tests" / "gpu" / "torch_on_device.py", case], environment=EXACT)
+    assert f"passed {case}\n" in result.stdout, result.stderr[-3000:]
+
+
+def test_buckets_travel_through_nccl():
+    script = ROOT / "tests" / "gpu" / "torch_on_device.py"
+    result = launch(1, [script, "buckets_of_one_worker"], environment=EXACT)
+    assert "passed buckets_of_one_worker\n" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.skipif(GPUS < 2, reason="this machine has fewer than two GPUs")
+def test_workers_with_gpus_of_their_own_compute_what_one_would(tmp_path):
+    wanted = losses(1, tmp_path / "cpu", "--device", "cpu")
+    assert losses(2, tmp_path / "gpu", "--device", "gpu") == pytest.approx(wanted, rel=1e-3)
