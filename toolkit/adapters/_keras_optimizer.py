@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import keras
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 
 from toolkit.errors import UsageError
@@ -122,7 +123,18 @@ class _Distributed:
                 "pass keras.optimizers.LossScaleOptimizer(optimizer) to distribute(), or compile with "
                 "auto_scale_loss=False."
             )
+        if name == "learning_rate" and isinstance(value, float) and (variable := self._tensorflows_rate()) is not None:
+            variable.assign(value, read_value=False)  # what Keras does, in a third of the time: loops set it each step
+            return
         super().__setattr__(name, value)
+
+    def _tensorflows_rate(self) -> Any:
+        """TensorFlow's own variable, to which a rate is assigned; None: there is none, or more to do."""
+        variable = vars(self).get("_learning_rate")  # or a schedule, which can't be set to a number
+        plain = type(self).learning_rate is keras.optimizers.Optimizer.learning_rate  # type: ignore[attr-defined]
+        if not plain or not isinstance(variable, keras.Variable) or keras.backend.backend() != "tensorflow":
+            return None
+        return None if in_stateless_scope() else variable._value
 
 
 def _check(optimizer: Any) -> None:

@@ -640,6 +640,39 @@ def what_ranks_keep_for_themselves_goes_on_where_it_was():
 
 
 @case
+def the_rate_is_set_as_keras_does():
+    model, optimizer = distributed(new_optimizer("Adam"))
+    plain = new_optimizer("Adam")
+    for rate in (0.1, 1 / 3, 1e-46, 1e300, np.float64(0.7), np.float32(0.7), np.array(0.3), 2, keras.ops.ones(()) / 7):
+        optimizer.learning_rate = plain.learning_rate = rate
+        found, expected = (keras.ops.convert_to_numpy(o.learning_rate) for o in (optimizer, plain))
+        assert found.tobytes() == expected.tobytes() and found.dtype == expected.dtype, rate
+        assert isinstance(optimizer.learning_rate, keras.Variable)
+    optimizer.learning_rate = 0.5
+    before = model.get_weights()
+    apply_steps(model, optimizer)
+    other, slower = distributed(new_optimizer("Adam"))
+    other.set_weights(before)
+    slower.learning_rate.assign(0.5)
+    apply_steps(other, slower)
+    assert dp.digest(model, optimizer) == dp.digest(other, slower)
+    scaled = distributed(keras.optimizers.LossScaleOptimizer(new_optimizer("Adam")))[1]
+    scaled.learning_rate = 0.25
+    assert float(scaled.inner_optimizer.learning_rate) == 0.25
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)
+    decays = distributed(keras.optimizers.SGD(schedule))[1]
+    try:
+        decays.learning_rate = 0.3
+    except TypeError as error:
+        assert "LearningRateSchedule" in str(error)
+    else:
+        raise AssertionError("a schedule was replaced by a number")
+    decays = distributed(keras.optimizers.SGD(lambda: 0.1))[1]
+    decays.learning_rate = schedule
+    assert float(decays.learning_rate) == np.float32(0.1)
+
+
+@case
 def arrays_become_the_backends_tensors():
     x, y = dp.on_device(np.eye(2, dtype="float32"), np.arange(3))
     assert keras.ops.is_tensor(x) and keras.ops.convert_to_numpy(keras.ops.matmul(x, x)).tolist() == [[1, 0], [0, 1]]
