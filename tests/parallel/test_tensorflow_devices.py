@@ -40,8 +40,9 @@ def test_the_device_is_taken_before_anything_has_tensorflow_begin():
 def test_one_process_in_which_tensorflow_begins_early():
     found, result = played(1, "1", "--deterministic", launcher="none")
     assert [rank[1] for rank in found] == ["0"] and int(found[0][3]) > 0, result.stderr[-3000:]
-    _, result = played(1, "2", "touched", launcher="none")
-    assert result.returncode == 2 and "call start() first" in result.stderr.splitlines()[-1], result.stderr[-3000:]
+    for count in ("1", "2"):  # of one TensorFlow sees what it would see anyway, and has its memory all the same
+        _, result = played(1, count, "touched", launcher="none")
+        assert result.returncode == 2 and "call start() first" in result.stderr.splitlines()[-1], result.stderr[-3000:]
 
 
 @pytest.mark.long

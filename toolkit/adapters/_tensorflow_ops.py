@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -72,8 +73,9 @@ def visible_gpus() -> int:
 def use_gpu(number: int) -> str:
     """Have TensorFlow see this GPU alone, and take of its memory what it needs; returns its name."""
     gpu = tf.config.list_physical_devices("GPU")[number]
-    _show([gpu])
-    tf.config.experimental.set_memory_growth(gpu, True)
+    with _before_tensorflow_begins():
+        tf.config.set_visible_devices([gpu], "GPU")
+        tf.config.experimental.set_memory_growth(gpu, True)
     return _GPU
 
 
@@ -88,13 +90,15 @@ def on_device(arrays: Sequence[np.ndarray]) -> tuple[tf.Tensor, ...]:
 def use_cpu() -> None:
     """Have TensorFlow see no GPU."""
     if visible_gpus():
-        _show([])
+        with _before_tensorflow_begins():
+            tf.config.set_visible_devices([], "GPU")
 
 
-def _show(gpus: list[Any]) -> None:
-    """Have TensorFlow see these GPUs alone."""
+@contextlib.contextmanager
+def _before_tensorflow_begins() -> Iterator[None]:
+    """Raise `UsageError` where TensorFlow has begun with its devices, and can't change them any more."""
     try:
-        tf.config.set_visible_devices(gpus, "GPU")
+        yield
     except RuntimeError:
         raise UsageError(
             "TensorFlow ran an operation before start(), which was to choose its GPU: call start() first."

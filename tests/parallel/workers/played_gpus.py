@@ -1,6 +1,6 @@
-"""TensorFlow is told of GPUs that there are not: played_gpus.py COUNT [touched] [OPTION …]; prints what it would do.
+"""TensorFlow is told of GPUs that there are not, and prints what it would do: COUNT [touched] [parts] [OPTION …].
 
-COUNT parts: they are parts of a GPU, and each worker sees its own alone.
+With parts they are parts of a GPU (MIG), and each worker sees its own alone.
 """
 
 import os
