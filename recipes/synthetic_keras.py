@@ -55,7 +55,8 @@ def transformer(blocks, width, heads, length, vocabulary):
         y = layers.LayerNormalization(epsilon=1e-5)(x)
         x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)
         y = layers.LayerNormalization(epsilon=1e-5)(x)
-        x = x + layers.Dense(width)(layers.Dense(4 * width, "gelu")(y))
+        y = layers.Dense(4 * width, "gelu")(y)
+        x = x + layers.Dense(width)(y)
     return keras.Model(tokens, embedding(layers.LayerNormalization(epsilon=1e-5)(x), reverse=True))
 
 
@@ -76,7 +77,6 @@ def main():
     optimizer = dp.distribute(optimizer, model, **options.distribute)  # distributed
     dp.broadcast_state(model, optimizer)  # distributed
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
     model.compile(optimizer, cross_entropy, jit_compile=options.compile)
 
     def train_step():

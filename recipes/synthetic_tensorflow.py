@@ -54,7 +54,8 @@ def transformer(blocks, width, heads, length, vocabulary):
         y = layers.LayerNormalization(epsilon=1e-5)(x)
         x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)
         y = layers.LayerNormalization(epsilon=1e-5)(x)
-        x = x + layers.Dense(width)(layers.Dense(4 * width, "gelu")(y))
+        y = layers.Dense(4 * width, "gelu")(y)
+        x = x + layers.Dense(width)(y)
     return tf.keras.Model(tokens, embedding(layers.LayerNormalization(epsilon=1e-5)(x), reverse=True))
 
 

@@ -33,7 +33,7 @@ class SyntheticOptions(JobOptions):
     size: str = option("auto", "of the model; auto: full on a GPU, small on a CPU", choices=("auto", "small", "full"))
     batch_size: int | None = option(None, "a worker's images (default: 32) or sequences (default: 8)", minimum=1)
     precision: str = option("float32", "bf16 and fp16 are mixed with float32", choices=("float32", "bf16", "fp16"))
-    compile: bool = option(False, "have the framework's compiler fuse what the model computes")
+    compile: bool = option(False, "have the framework's compiler fuse operations; not with Keras on TensorFlow")
     learning_rate: float = option(0.01, "of SGD", above=0)
     num_warmup_batches: int = option(10, "steps before the measurement, those that compile among them", minimum=1)
     num_batches_per_iter: int = option(10, "steps of a measured iteration", minimum=1)
