@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.launching import WORKERS, launch
 from tests.single import gpu_host
 
@@ -34,6 +36,7 @@ def test_an_epochs_row_has_the_largest_memory_and_the_mean_of_what_nvml_tells(tm
     ]
 
 
+@pytest.mark.long
 def test_without_nvml_there_is_the_memory_and_on_a_cpu_nothing(tmp_path):
     assert told(1, ["libcuda.so.1"], tmp_path / "driver") == [{"gpu_memory_megabytes": 100}] * 2
     assert told(1, ["libcuda.so.1"], tmp_path / "cpu", "--device", "cpu") == [{}, {}]

@@ -12,6 +12,7 @@ launched = world.from_launcher() or world.World()
 _torch_ops.visible_gpus = lambda: 2
 _torch_ops.use_gpu = lambda number: "cpu"
 _torch_ops.peak_memory = lambda: 100_000_000 * (launched.rank + 1)
+torch.cuda.get_rng_state = torch.get_rng_state
 options = parse(RunOptions, __doc__)
 here = dp.start(**options.start)
 data = datasets.diabetes()
