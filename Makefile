@@ -48,7 +48,7 @@ ifneq ($(filter setup train test test-all test-hosts fuzz lint proof bench plan-
   endif
 endif
 ifneq ($(filter train,$(MAKECMDGOALS)),)
-  $(call refuse_unless,RECIPE,cnn linear_regression,cnn or linear_regression)
+  $(call refuse_unless,RECIPE,cnn linear_regression synthetic,cnn$(comma) linear_regression or synthetic)
   $(call refuse_unless,FRAMEWORK,torch tensorflow keras,torch$(comma) tensorflow or keras)
   $(call refuse_unless,LAUNCHER,horovodrun mpirun none,horovodrun$(comma) mpirun or none (one process))
   $(if $(filter $(FRAMEWORK),$(wanted)),,$(error FRAMEWORK=$(FRAMEWORK) is not among those set up \
@@ -71,8 +71,8 @@ endif
 .PHONY: help setup train test test-all test-hosts test-gpu-build fetched fuzz lint proof bench plan-check drills
 
 help:
-	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression  FRAMEWORK=torch|tensorflow|keras  NP=2'
-	@echo '             LAUNCHER=horovodrun|mpirun|none  HOSTFILE=hostfiles/localhost  ARGS="--epochs 3"'
+	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression|synthetic  FRAMEWORK=torch|tensorflow|keras'
+	@echo '             NP=2  LAUNCHER=horovodrun|mpirun|none  HOSTFILE=hostfiles/localhost  ARGS="--epochs 3"'
 	@echo 'make test    set up, then lint and tests'
 	@echo 'make test-all  the same with the tests marked long'
 	@echo 'make test-hosts  on three hosts made of network namespaces: every recipe by every launcher, a cable that is pulled,'

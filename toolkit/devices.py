@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from toolkit.errors import UsageError
 from toolkit.world import World
@@ -111,3 +113,38 @@ def identity(number: int) -> tuple[str, str]:
             f"CUDA's driver does not tell of GPU {number} (error {failed}): mend it, or give --device cpu."
         )
     return bytes(found).hex(), bus.value.decode()
+
+
+class _Utilization(ctypes.Structure):
+    """NVML's nvmlUtilization_t: percent of the last moments, a sixth of a second to one, in which each was in use."""
+
+    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]
+
+
+def utilization(gpu: str) -> float | None:
+    """The percent of the last moments in which a GPU computed anything, whoever had it compute.
+
+    Args:
+        gpu: its UUID, as `identity` tells it.
+
+    Returns:
+        0 … 100; None where NVML is not there or does not tell, as of a part of a GPU (MIG).
+    """
+    library, handle = _nvml(gpu)
+    found = _Utilization()
+    if library is None or library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(found)):
+        return None
+    return float(found.gpu)
+
+
+@functools.cache
+def _nvml(gpu: str) -> tuple[Any, ctypes.c_void_p]:
+    """NVML, begun, and its handle of a GPU; None in place of NVML where it can't be asked of that."""
+    handle = ctypes.c_void_p()
+    name = f"GPU-{gpu[:8]}-{gpu[8:12]}-{gpu[12:16]}-{gpu[16:20]}-{gpu[20:]}".encode()
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        failed = library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle))
+    except (OSError, AttributeError):
+        return None, handle
+    return (None if failed else library), handle

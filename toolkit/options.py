@@ -46,8 +46,45 @@ def option(
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """The options that every recipe has; `toolkit.run.Run` reads them."""
+class JobOptions:
+    """What every job's workers are started with, whatever they compute."""
+
+    compression: str = option("none", "of gradients: none, fp16, bf16, int8, topk[:share] or powersgd[:rank]")
+    reducer: str = option("auto", "who adds up gradients; auto: whichever is faster here", choices=REDUCERS)
+    seed: int = option(0, "for initial weights and the order of the samples", minimum=0, maximum=2**32 - 1)
+    deterministic: bool = option(
+        False, "runs repeat to the bit with more than two workers too, whatever is reduced at the same time"
+    )
+    stall_timeout: float = option(
+        300.0, "seconds after which a worker that the others wait for ends the job; 0: never", minimum=0
+    )
+    device: str = option("auto", "what to compute on; auto: a GPU for each worker where there are any", choices=DEVICES)
+    share_gpus: bool = option(False, "let workers share a GPU where a host has more workers than GPUs")
+    no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
+    verbose: bool = option(False, "print the chosen settings with their reasons")
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The arguments of an adapter's `start`."""
+        return {
+            "seed": self.seed,
+            "tune": not self.no_tuning,
+            "verbose": self.verbose,
+            "deterministic": self.deterministic,
+            "stall_timeout": self.stall_timeout,
+            "device": self.device,
+            "share_gpus": self.share_gpus,
+        }
+
+    @property
+    def distribute(self) -> dict[str, Any]:
+        """The arguments of an adapter's `distribute`."""
+        return {"compression": self.compression, "reducer": self.reducer}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions(JobOptions):
+    """The options that every recipe with a training run has; `toolkit.run.Run` reads them."""
 
     epochs: int = option(10, "times that each sample is used", minimum=1)
     global_batch_size: int = option(32, "samples per step over all workers", minimum=1)
@@ -55,11 +92,8 @@ class RunOptions:
         None, "samples per step and worker instead: the rate is scaled by the number of workers", minimum=1
     )
     accumulation_steps: int = option(1, "passes that a worker cuts its part of a global batch into", minimum=1)
-    compression: str = option("none", "of gradients: none, fp16, bf16, int8, topk[:share] or powersgd[:rank]")
-    reducer: str = option("auto", "who adds up gradients; auto: whichever is faster here", choices=REDUCERS)
     learning_rate: float = option(0.02, "for the global batch size, or for one worker's --batch-size", above=0)
     warmup_epochs: float = option(1.0, "length of the warm-up where --batch-size scales the rate", minimum=0)
-    seed: int = option(0, "for initial weights and the order of the samples", minimum=0, maximum=2**32 - 1)
     sharding: str = option(
         "random", "a new order each epoch, or each worker its own contiguous block", choices=sharding.KINDS
     )
@@ -87,16 +121,6 @@ class RunOptions:
     on_nan: str = option(
         "stop", "where a gradient or loss is not finite: end the run, or skip the step", choices=("stop", "skip")
     )
-    deterministic: bool = option(
-        False, "runs repeat to the bit with more than two workers too, whatever is reduced at the same time"
-    )
-    stall_timeout: float = option(
-        300.0, "seconds after which a worker that the others wait for ends the job; 0: never", minimum=0
-    )
-    device: str = option("auto", "what to compute on; auto: a GPU for each worker where there are any", choices=DEVICES)
-    share_gpus: bool = option(False, "let workers share a GPU where a host has more workers than GPUs")
-    no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
-    verbose: bool = option(False, "print the chosen settings with their reasons")
 
     def samples_per_step(self, world: World) -> int:
         """The global batch size in samples."""
@@ -105,25 +129,12 @@ class RunOptions:
     @property
     def start(self) -> dict[str, Any]:
         """The arguments of an adapter's `start`."""
-        return {
-            "seed": self.seed,
-            "tune": not self.no_tuning,
-            "verbose": self.verbose,
-            "deterministic": self.deterministic,
-            "groups": self.fold_groups,
-            "stall_timeout": self.stall_timeout,
-            "device": self.device,
-            "share_gpus": self.share_gpus,
-        }
+        return {**super().start, "groups": self.fold_groups}
 
     @property
     def distribute(self) -> dict[str, Any]:
         """The arguments of an adapter's `distribute`."""
-        return {
-            "accumulation_steps": self.accumulation_steps,
-            "compression": self.compression,
-            "reducer": self.reducer,
-        }
+        return {**super().distribute, "accumulation_steps": self.accumulation_steps}
 
 
 Options = TypeVar("Options")
@@ -136,7 +147,9 @@ def parse(kind: type[Options], description: str | None, arguments: list[str] | N
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    of_job = [field.name for field in dataclasses.fields(JobOptions)]
+    # Those of the job come last in --help: a recipe's own are what is looked for.
+    for field in sorted(dataclasses.fields(kind), key=lambda field: field.name in of_job):  # type: ignore[arg-type]
         _add_flag(parser, field, hints[field.name])
     given = list(sys.argv[1:] if arguments is None else arguments)
     values = vars(parser.parse_args(given))

@@ -21,6 +21,7 @@ from toolkit.agreement import Agreement
 from toolkit.audit import Audit
 from toolkit.claim import PATIENCE, Claim
 from toolkit.errors import RunFailed, UsageError
+from toolkit.gpu_usage import GpuUsage
 from toolkit.options import RunOptions
 from toolkit.progress import Progress
 from toolkit.random_streams import sample_generator
@@ -158,6 +159,7 @@ class Run:
         self._part: Part | None = None  # what `follow` handed out last
         self._cuts: reading.Cuts | None = None  # handed out last
         self._sync = SyncCheck(adapter, options.check_sync)
+        self._gpu_usage = GpuUsage(adapter)
         self._audit = Audit(adapter, samples) if options.audit else None
         self._reference = min(options.batch_size or options.global_batch_size, samples)  # the rate is for this batch
         self._extra = dict(extra or {})
@@ -459,6 +461,7 @@ class Run:
             self.progress.line(self._audit.end_epoch(self.epoch + 1))
         not_finite = self._at.not_finite
         finite = self.sharding.steps_per_epoch - not_finite
+        of_gpu = self._gpu_usage.end_epoch()
         loss = self._at.loss_sum / finite if finite else math.nan
         self._at = _Position(self.epoch + 1, self.step)
         seconds = time.perf_counter() - self._epoch_began
@@ -469,6 +472,7 @@ class Run:
             "train_loss": loss,
             **metrics,
             "seconds": round(seconds, 4),
+            **of_gpu,
             **({"not_finite": not_finite} if not_finite else {}),
         }
         self._write_rows("epoch", row)
@@ -615,6 +619,7 @@ class Run:
         """Average the noted losses over the ranks; rank 0 writes the rows."""
         if not self._rows:
             return
+        self._gpu_usage.note()
         local = np.array([row["loss"][0] if len(row["loss"]) == 1 else np.mean(row["loss"]) for row in self._rows])
         losses = np.asarray(self.adapter.average({"loss": local})["loss"]).tolist()
         for row, loss in zip(self._rows, losses, strict=True):

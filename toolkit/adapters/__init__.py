@@ -227,7 +227,8 @@ class Adapter(Protocol):
         """What this worker takes of its GPU; {} on a CPU.
 
         Returns:
-            `gpu_memory_megabytes`: the most that tensors have had of its memory at a time since `start`, in 10⁶ bytes.
+            `gpu_memory_megabytes`: the most that tensors have had of its memory at a time since `start`, in 10⁶ bytes;
+            `gpu_utilization_percent`: of the last moments, in which it computed anything, where NVML tells it.
         """
 
     def describe(self, model: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; 
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
 _explains = False
 _gpu: int | None = None  # this worker's, as its framework numbers them
+_uuid = ""  # the same GPU's; "" on the CPU
 _reduces_on_gpu = False
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
 _batch_norms = itertools.count()  # layers that synchronize_batch_norm() has changed since then
@@ -170,8 +171,9 @@ def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callab
     Raises:
         UsageError: see `toolkit.devices.check`.
     """
-    global _reduces_on_gpu
+    global _reduces_on_gpu, _uuid
     place = devices.Place(here.name, socket.gethostname(), *(() if _gpu is None else devices.identity(_gpu)))
+    _uuid = place.gpu
     places = gather(place, all_groups=True) if hvd.size() > 1 and asked != "cpu" else [place]
     why_not = devices.check(places, share)
     if why_not is None and not hvd.nccl_built():
@@ -188,7 +190,11 @@ def has_gpu() -> bool:
 
 def usage(peak_memory: Callable[[], int]) -> dict[str, float]:
     """See `toolkit.adapters.Adapter.usage`; given the function for the bytes, which is called where there is a GPU."""
-    return {} if _gpu is None else {"gpu_memory_megabytes": peak_memory() / 1e6}
+    if not _uuid:
+        return {}
+    percent = devices.utilization(_uuid)
+    told = {} if percent is None else {"gpu_utilization_percent": percent}
+    return {"gpu_memory_megabytes": peak_memory() / 1e6, **told}
 
 
 def reduces_on_gpu() -> bool:
