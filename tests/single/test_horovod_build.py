@@ -714,7 +714,7 @@ def make(*arguments):
     ("wrong", "accepted"),
     [
         ("FRAMEWORK=foo", "torch, tensorflow or keras"),
-        ("RECIPE=foo", "cnn or linear_regression"),
+        ("RECIPE=foo", "cnn, linear_regression or synthetic"),
         ("LAUNCHER=foo", "horovodrun, mpirun or none"),
         ("MPI=foo", "pypi .* or system"),
         ("GPU=2", "0 .* or 1"),
