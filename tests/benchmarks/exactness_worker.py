@@ -33,9 +33,8 @@ class Options(recipe.Options):
 
 def torch_step(model, optimizer):
     def step(batch):
-        x, y = recipe.tensors(batch.x, batch.y)
         optimizer.zero_grad()
-        loss = recipe.cross_entropy(model(x), y) * batch.weight
+        loss = recipe.cross_entropy(model(batch.x), batch.y) * batch.weight
         loss.backward()
         optimizer.step()
         return loss
@@ -54,7 +53,7 @@ def tensorflow_step(model, optimizer):
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         return loss
 
-    return lambda batch: train_step(*recipe.tensors(batch.x, batch.y), tf.constant(batch.weight, tf.float32))
+    return lambda batch: train_step(batch.x, batch.y, tf.constant(batch.weight, tf.float32))
 
 
 def build():
@@ -74,7 +73,7 @@ def build():
 
 def endless(run, data):
     for _ in run.epochs():
-        yield from run.batches(data)
+        yield from run.tensors(data, lambda batch: recipe.inputs(batch.x))
         run.end_epoch()
 
 
