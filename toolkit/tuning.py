@@ -208,10 +208,10 @@ def with_memory_kept(choices: Choices, environ: Mapping[str, str] = os.environ) 
 
 
 def with_determinism(choices: Choices) -> Choices:
-    """Add what keeps two optimizers' gradients out of one buffer when they happen to be ready together.
+    """Add what keeps apart gradients that happen to be ready together: two optimizers', and the buckets of a GPU's.
 
     Where in its buffer a value lies can decide in which order more than two ranks' values are added.
-    One optimizer's gradients travel as one group, always alike.
+    On a CPU one optimizer's gradients travel as one group, always alike.
     """
     name = "HOROVOD_DISABLE_GROUP_FUSION"
     reason = f"{name}=1: with it nothing that changes from run to run decides the order of additions"

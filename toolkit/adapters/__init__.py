@@ -108,8 +108,8 @@ class Adapter(Protocol):
         in training comes to the same layers in the same order: each is an all-reduce forward, and one backward.
         Evaluation, parameters and names stay as they are, so a checkpoint loads with it or without.
 
-        The sample of weight 0 that a rank gets where a batch has none for it (see `toolkit.sharding.Part`) is one of
-        the samples; of an empty tensor none is.
+        The sample of weight 0 that a rank gets where a pass has none for it, as the batch has fewer samples than ranks
+        times passes, is one of the samples (see `toolkit.sharding.Part`); of an empty tensor none is.
 
         Args:
             model: the model; its layers' classes are changed in place.

@@ -192,18 +192,23 @@ class GradientAverager(_reduction.Averager):
         self._nothing = np.array([*[1] * len(parameters), 0, 0], np.float32)  # to tell but that gradients are there
 
     def _agreed_order(self, parameters: list[torch.Tensor]) -> list[int]:
-        """The places of parameters as gradients got ready on rank 0; then of those that got none, from the end."""
+        """The places of parameters as gradients got ready on rank 0; then of those that got none, from the end.
+
+        With `deterministic` all are from the end.
+        """
 
         def gather(value: Any) -> list[Any]:
             return _torch_ops.gather(value, self._ranks)
 
         _reduction.check_alike(tuple(tuple(p.shape) for p in parameters), gather)
         place = {id(p): i for i, p in enumerate(parameters)}
-        came = [place[key] for key in self._came if key in place]
+        # A resumed run's first pass may bring them in another order.
+        came = [] if torch.are_deterministic_algorithms_enabled() else [place[k] for k in self._came if k in place]
         return gather(came + [i for i in reversed(range(len(parameters))) if i not in set(came)])[0]
 
     def _choose(self, dense: list[torch.Tensor]) -> MpiWire | None:
         if self._adds_up_on_gpu() and any(p.device.type != "cpu" for p in dense):
+            _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
             return None
 
         def by_horovod(numbers: np.ndarray) -> None:

@@ -26,12 +26,14 @@ class Buckets:
 
     A rank's own gradients stay as they are until `average` is done: where one was changed after its bucket was sent
     (a parameter that a re-entrant backward pass reaches twice, a hook of the user's, a backward pass that failed), that
-    travels beside, and all ranks send all of their buckets once more.
+    travels beside, and all ranks send all of their buckets once more. Changes by way of `.data`, which torch does not
+    count, are not noticed.
 
     On a GPU everything is in order by the stream that is current when a gradient gets ready, which is the forward
     pass's: the copy into the bucket is put on it behind the gradient, Horovod marks there, when it is given the bucket,
-    what NCCL's stream waits for, and `hvd.synchronize` returns when NCCL is done, or has that stream wait for it. A
-    bucket whose gradients come on several streams is left to `average`, where torch has made the caller's wait for all.
+    what NCCL's stream waits for, and `hvd.synchronize` returns when NCCL is done (unless the user has set Horovod's
+    HOROVOD_ENABLE_ASYNC_COMPLETION: then the default stream waits, and the loop must be on that one). A bucket whose
+    gradients come on several streams is left to `average`, where torch has made the caller's wait for all.
 
     Args:
         name: of the collective operations, alike on all ranks.
@@ -209,6 +211,7 @@ class Bucket:
     def drain(self) -> None:
         """See `Buckets.drain`."""
         if self._sent is None:
+            self._buffer.allocate()  # in the old one are gradients that somebody holds
             self._send(self._buffer.tensor)
         self.wait()
 

@@ -41,7 +41,11 @@ class Buffer:
         self._numbers = self.tensor[: self._elements]
         self._views = self._cut()
         self.array = self.tensor.numpy() if self._device.type == "cpu" else None
-        self.control = np.zeros(self._extra, np.float32) if self.array is None else self.array[self._elements :]
+        if self.array is None:  # pinned, so that the GPU fetches it without being waited for
+            self._pinned = torch.zeros(self._extra, pin_memory=True)
+            self.control = self._pinned.numpy()
+        else:
+            self.control = self.array[self._elements :]
         self._storage: int = self.tensor.untyped_storage()._cdata
         self._aliases = self._count_aliases()
 
@@ -60,7 +64,7 @@ class Buffer:
     def send(self) -> None:
         """Put `control` where the numbers are."""
         if self.array is None:
-            self.tensor[self._elements :].copy_(torch.from_numpy(self.control))
+            self.tensor[self._elements :].copy_(self._pinned, non_blocking=True)
 
     def receive(self) -> None:
         """Get `control` from there."""

@@ -70,7 +70,7 @@ def use_cpu() -> None:
 
 def on_device(arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
     """`Adapter.on_device`."""
-    tensors = tuple(map(torch.from_numpy, arrays))
+    tensors = tuple(torch.from_numpy(np.asarray(array, order="C")) for array in arrays)
     if _copies is None:
         return tensors
     with torch.cuda.stream(_copies):  # in a thread this sets the GPU too

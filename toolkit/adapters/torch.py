@@ -197,6 +197,12 @@ class _Distributed(torch.optim.Optimizer):
             self._open.clear()  # of passes that failed
         elif self._open:  # it was within another one (re-entrant checkpointing), at whose end we are called too
             return
+        elif self._accumulation_steps > 1:
+            raise UsageError(
+                "a backward pass ended within another one that has reached no parameter by itself, so with "
+                f"accumulation_steps={self._accumulation_steps} it can't be told what is one pass: give "
+                "torch.utils.checkpoint use_reentrant=False."
+            )
         self._end_of_pass()
 
     def _end_of_pass(self) -> None:

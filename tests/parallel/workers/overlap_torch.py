@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import toolkit.adapters.torch as dp
 from toolkit.adapters import _torch_buckets, _torch_buffer
+from toolkit.errors import UsageError
 
 WORLD = dp.start(seed=1)
 CASES = []
@@ -172,6 +173,33 @@ def parameters_that_are_frozen_thawed_and_added():
         return model
 
     both_ways(train)
+
+
+@case
+def gradients_that_are_zeroed_in_place_while_a_bias_is_frozen():
+    def train(way):
+        model, optimizer = new(way)
+        for step in range(6):
+            model.left.bias.requires_grad_(step not in (2, 3))  # whose bucket has its weight too
+            optimizer.zero_grad(set_to_none=False)
+            model(data(step)).square().sum().backward()
+            optimizer.step()
+        return model
+
+    both_ways(train)
+
+
+@case
+def nested_passes_that_cannot_be_counted_are_refused():
+    model, optimizer = new("auto", accumulation_steps=2)
+    optimizer.zero_grad()
+    hidden = checkpoint(model.left, data(0).requires_grad_(), use_reentrant=True)
+    try:
+        checkpoint(model.end, hidden, use_reentrant=True).sum().backward()
+    except UsageError as error:
+        assert "use_reentrant=False" in str(error)
+    else:
+        raise AssertionError(f"{optimizer._passes} passes were counted where one was made")
 
 
 @case
