@@ -145,7 +145,7 @@ class _Distributed(torch.optim.Optimizer):
         self._passes = 0  # backward passes since the last step
         self._passes_at_step = 0  # and how many of them the latest step() knew
         self._open: set[int] = set()  # backward passes at whose end our callback is queued
-        self._may_send = False  # gradients of the present one
+        self._may_send = False  # whether gradients of the present one may travel
         self._lock = threading.Lock()  # gradients of a CPU and of a GPU get ready in a thread for each
         self._held: list[Any] = []
         self._broken: str | None = None  # where the averaged gradients are not finite: the first of this rank's
@@ -185,9 +185,7 @@ class _Distributed(torch.optim.Optimizer):
         """The same where gradients travel while the backward pass goes on."""
         with self._lock:
             if torch._C._current_graph_task_id() not in self._open:
-                # Where another pass is open this one is within it, whose gradients may change yet, or that one failed.
-                is_last = self._accumulation_steps in (1, self._passes + 1)
-                self._may_send = not self._open and is_last
+                self._may_send = self._accumulation_steps in (1, self._passes + 1)  # the last pass of a step
                 self._queue_callback(parameter)
             self._averager.ready(parameter, self._accumulation_steps, self._may_send)
 

@@ -83,6 +83,11 @@ def parts(optimizer):
     return optimizer._averager._buckets._buckets
 
 
+def number_of(parameter, optimizer):
+    """Its bucket's."""
+    return next(i for i, bucket in enumerate(parts(optimizer)) if any(p is parameter for p in bucket.parameters))
+
+
 def sent(optimizer):
     return [bucket.is_sent for bucket in parts(optimizer)]
 
@@ -261,6 +266,30 @@ def checkpointing_of_both_kinds_and_a_layer_that_two_parts_share():
 
 
 @case
+def what_is_checkpointed_re_entrantly_travels_early_too():
+    def train(way):
+        model, optimizer = new(way)
+        for step in range(3):
+            optimizer.zero_grad()
+            seen = []
+            hidden = torch.tanh(model.left(data(step)))
+            if way == "auto" and step:
+                hidden.register_hook(lambda _, seen=seen, opt=optimizer: seen.append(sent(opt)))
+            model.end(checkpoint(model.more, hidden, use_reentrant=True)).square().sum().backward()
+            for each in seen:
+                own = next(
+                    i for i, b in enumerate(parts(optimizer)) if any(p is model.more.weight for p in b.parameters)
+                )
+                assert each[own] and not all(each)
+            optimizer.step()
+        return model
+
+    before = len(ROUNDS)
+    both_ways(train)
+    assert len(ROUNDS) - before == 3
+
+
+@case
 def a_gradient_that_is_changed_after_its_bucket_was_sent():
     """On one rank alone, by a hook of the user's; all ranks send all of their buckets once more."""
 
@@ -412,7 +441,7 @@ def gradients_of_another_stream_wait_for_the_end():
                 hidden.register_hook(lambda _, seen=seen, opt=optimizer: seen.append(sent(opt)))
             model.end(model.more(hidden)).square().sum().backward()
             for each in seen:
-                own = next(i for i, b in enumerate(parts(optimizer)) if any(p is weight for p in b.parameters))
+                own = number_of(weight, optimizer)
                 assert any(each) and not each[own]
             optimizer.step()
         return model
