@@ -174,7 +174,7 @@ def test_what_the_commands_of_ssh_hosts_say(site):
 
 def test_the_guide_has_the_commands():
     assert [line.split()[1] for line in COMMANDS] == ["hosts", "doctor", "launch", "launch", "launch"]
-    assert [line.split()[1] for line in COMMANDS_GPUS] == ["doctor", "launch", "launch"]
+    assert [line.split()[1] for line in COMMANDS_GPUS] == ["doctor", "launch", "launch", "launch", "launch"]
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/many_hosts.md", "docs/gpus.md"])

@@ -197,6 +197,12 @@ def made(groups, timeout=300, waits=False):
     return hub
 
 
+@pytest.fixture(autouse=True)
+def idle(monkeypatch):
+    """What other tests left in this process is not what a worker does here."""
+    monkeypatch.setattr(Here, "doing", "")
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A rank 0 of three."""
