@@ -69,7 +69,7 @@ def main():
     world = dp.start(**options.start)  # distributed
     keras.mixed_precision.set_global_policy(PRECISIONS[options.precision])
     work = workload(options, world)
-    x, y = keras.ops.convert_to_tensor(work.x), keras.ops.convert_to_tensor(work.y)
+    x, y = dp.on_device(work.x, work.y)
     model = build_model(options.model, work.shape)
     optimizer = keras.optimizers.SGD(options.learning_rate)
     if options.precision == "fp16":

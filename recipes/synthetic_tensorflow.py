@@ -68,7 +68,7 @@ def main():
     world = dp.start(**options.start)  # distributed
     tf.keras.mixed_precision.set_global_policy(PRECISIONS[options.precision])
     work = workload(options, world)
-    x, y = tf.constant(work.x), tf.constant(work.y)
+    x, y = dp.on_device(work.x, work.y)
     model = build_model(options.model, work.shape)
     optimizer = tf.keras.optimizers.SGD(options.learning_rate)
     if options.precision == "fp16":

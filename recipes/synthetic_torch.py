@@ -77,7 +77,7 @@ def main():
     device = torch.device(world.device)
     torch.backends.cudnn.benchmark = not options.deterministic
     work = workload(options, world)
-    x, y = torch.from_numpy(work.x).to(device), torch.from_numpy(work.y).to(device)
+    x, y = dp.on_device(work.x, work.y)
     x = x.movedim(-1, 1) if x.dim() == 4 else x  # the channels stay last in memory, as GPUs like it
     model = build_model(options.model, work.shape).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)

@@ -6,18 +6,13 @@ import sys
 import torch
 
 import toolkit.adapters.torch as dp
+from tests.parallel.workers.cases import case, run_cases
 from toolkit.adapters import _job, _torch_average, _torch_buckets
 from toolkit.sharding import Sharding
 
 WORLD = dp.start(device="auto", share_gpus=True)
 DEVICE = torch.device(WORLD.device)
 SAMPLES = 24
-CASES = []
-
-
-def case(function):
-    CASES.append(function)
-    return function
 
 
 def new():
@@ -121,8 +116,4 @@ def buckets_of_one_worker():
 
 
 if __name__ == "__main__":
-    for function in [each for each in CASES if each.__name__ in sys.argv[1:]]:
-        function()
-        if all(dp.gather(True)) and WORLD.rank == 0:
-            print("passed", function.__name__, flush=True)
-    dp.stop()
+    run_cases(dp, WORLD, sys.argv[1:])

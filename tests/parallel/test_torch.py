@@ -60,7 +60,7 @@ def in_buckets(size, worker, *cases, environment=None):
     command = [WORKERS / "as_on_gpus.py", WORKERS / worker, *cases]
     result = launch(size, command, environment=environment, timeout=200)
     found = re.findall(r"passed (\w+)", result.stdout)
-    assert sorted(found) == sorted(cases), f"{found}\n{result.stderr[-3000:]}"
+    assert sorted(found) == sorted(cases), f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
 
 
 @pytest.mark.parametrize("size", some_long([2, 4], short=[2]))

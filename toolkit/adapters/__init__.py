@@ -168,6 +168,15 @@ class Adapter(Protocol):
 
         To a GPU they are copied by way of pinned memory beside what it computes, in torch, and are there when it
         returns, for use on the device's default stream. On a CPU they may share the arrays' memory.
+
+        Args:
+            arrays: any shapes, of a dtype that the framework has.
+
+        Returns:
+            A tensor for each array, of its shape and dtype.
+
+        Raises:
+            TypeError, ValueError: the framework's own, for a dtype that it lacks.
         """
 
     def export_state(self, model: Any, optimizer: Any = None) -> dict[str, np.ndarray]:

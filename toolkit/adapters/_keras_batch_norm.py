@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
-from keras.src.api_export import REGISTERED_OBJS_TO_NAMES
-from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 
 from toolkit.adapters import _job
+from toolkit.adapters._keras_classes import change_class, mixed_in
 from toolkit.errors import UsageError
 
 
@@ -42,8 +41,7 @@ def synchronize(model: Any, layers: Iterable[Any], backend: Any) -> None:
     for layer in found:
         if not isinstance(layer, _Synchronized):
             kind = type(layer)
-            # Past Keras' own __setattr__, which would track the value as a part of the layer.
-            object.__setattr__(layer, "__class__", _synchronized(kind, backend))
+            change_class(layer, _synchronized(kind, backend))
             layer._collective = _job.batch_norm_name()
     backend.keep_quick()
     if isinstance(model, keras.Model):
@@ -53,12 +51,7 @@ def synchronize(model: Any, layers: Iterable[Any], backend: Any) -> None:
 @functools.cache
 def _synchronized(kind: type, backend: Any) -> type:
     """A class like a BatchNormalization layer's, over all ranks' samples."""
-    members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_backend": backend}
-    synchronized = type(kind.__name__, (_Synchronized, kind), members)
-    for names in (GLOBAL_CUSTOM_NAMES, REGISTERED_OBJS_TO_NAMES):
-        if kind in names:  # saved by this name, which goes on meaning the plain class
-            names[synchronized] = names[kind]
-    return synchronized
+    return mixed_in(_Synchronized, kind, _backend=backend)
 
 
 class _Synchronized(keras.layers.BatchNormalization):

@@ -14,8 +14,8 @@ from typing import Any
 
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
-from keras.src.saving.object_registration import GLOBAL_CUSTOM_NAMES
 
+from toolkit.adapters._keras_classes import change_class, mixed_in
 from toolkit.errors import UsageError
 
 _LossScaleOptimizer = keras.optimizers.LossScaleOptimizer
@@ -44,13 +44,7 @@ def distribute(
     if isinstance(model, keras.Model):
         _keep_from_xla(model)
     _set_options(optimizer, accumulation_steps, clip_norm)
-    kind = type(optimizer)
-    members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_average": average}
-    distributed = type(kind.__name__, (_Distributed, kind), members)
-    if kind in GLOBAL_CUSTOM_NAMES:  # saved by this name, which goes on meaning the plain class
-        GLOBAL_CUSTOM_NAMES[distributed] = GLOBAL_CUSTOM_NAMES[kind]
-    # Past Keras' own __setattr__, which would track the value as a part of the optimizer.
-    object.__setattr__(optimizer, "__class__", distributed)
+    change_class(optimizer, mixed_in(_Distributed, type(optimizer), _average=average))
     return optimizer
 
 

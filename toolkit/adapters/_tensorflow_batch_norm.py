@@ -23,17 +23,7 @@ def keep_quick() -> None:
 
 @tf.autograph.experimental.do_not_convert
 def moments(x: Any, mask: Any, axis: int, name: str, epsilon: float) -> tuple[Any, Any]:
-    """Mean and variance of each channel over the samples of all ranks, which call it together; differentiable.
-
-    Args:
-        x: this rank's samples, any number, float32 or float64.
-        mask: bool, of x's shape: the values that count; None: all.
-        axis: of the channels.
-        name: names the operations, alike on all ranks.
-        epsilon: added to the number of values.
-
-    Returns:
-        Both of shape (channels,) and x's dtype.
+    """As `_torch_batch_norm.moments`, of TensorFlow's tensors.
 
     Raises:
         UsageError: XLA is to compile it.

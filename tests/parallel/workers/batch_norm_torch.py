@@ -8,13 +8,13 @@ import functools
 import io
 import os
 import sys
-import traceback
 
 import numpy as np
 import torch
 
 import toolkit.adapters.torch as dp
 from tests.parallel.workers.batch_norm_common import BETA, EPSILON, GAMMA, SAMPLES, closed_form, part, samples
+from tests.parallel.workers.cases import case, run_cases
 from toolkit.adapters import _job
 from toolkit.errors import UsageError
 from toolkit.sharding import Sharding
@@ -26,12 +26,6 @@ WORLD = dp.start(
 )
 DEVICE = torch.device(WORLD.device)
 KINDS = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}
-CASES = []
-
-
-def case(function):
-    CASES.append(function)
-    return function
 
 
 def layer(dimensions, dtype=torch.float64, affine=True, **options):
@@ -313,15 +307,4 @@ def mistakes_get_one_clear_line():
         raises(lambda: norm(x), "one value a channel", "at least two")
 
 
-for function in CASES:
-    if sys.argv[1:] and function.__name__ not in sys.argv[1:]:
-        continue
-    try:
-        function()
-        problem = None
-    except Exception:
-        problem = traceback.format_exc()
-    problems = [f"rank {rank}: {text}" for rank, text in enumerate(dp.gather(problem, all_groups=True)) if text]
-    if WORLD.rank == WORLD.group == 0:
-        print("\n".join(problems) or f"passed {function.__name__}", flush=True)
-dp.stop()
+run_cases(dp, WORLD, sys.argv[1:])

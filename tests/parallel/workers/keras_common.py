@@ -2,11 +2,12 @@
 
 import inspect
 import os
-import traceback
 
 import keras
 import numpy as np
 
+from tests.parallel.workers.cases import case as case
+from tests.parallel.workers.cases import run_cases as run_cases
 from toolkit.errors import UsageError
 from toolkit.sharding import Sharding
 
@@ -19,29 +20,6 @@ OPTIMIZERS = {
     for name, kind in inspect.getmembers(keras.optimizers, inspect.isclass)
     if issubclass(kind, keras.optimizers.Optimizer) and kind is not keras.optimizers.Optimizer
 }
-CASES = []
-
-
-def case(function):
-    CASES.append(function)
-    return function
-
-
-def run_cases(dp, world, names):
-    """Run every case on every rank; rank 0 prints `passed <case>` where all ranks came through."""
-    for function in CASES:
-        if names and function.__name__ not in names:
-            continue
-        try:
-            function()
-            problem = None
-        except Exception:
-            problem = traceback.format_exc()
-        problems = dp.gather(problem)
-        if world.rank == 0:
-            found = [f"rank {r}: {p}" for r, p in enumerate(problems) if p]
-            print("\n".join(found) or f"passed {function.__name__}", flush=True)
-    dp.stop()
 
 
 def batch(step, samples=SAMPLES):

@@ -12,11 +12,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import toolkit.adapters.torch as dp
+from tests.parallel.workers.cases import case, run_cases
 from toolkit.adapters import _torch_buckets, _torch_buffer
 from toolkit.errors import UsageError
 
 WORLD = dp.start(seed=1)
-CASES = []
 WAYS = "auto", "mpi"  # in buckets, and in one buffer
 ROUNDS = []  # how many gradients came to each round of adding up buckets
 _add_up = _torch_buckets.Buckets._add_up
@@ -28,11 +28,6 @@ def counted(buckets, gradients, scale):
 
 
 _torch_buckets.Buckets._add_up = counted
-
-
-def case(function):
-    CASES.append(function)
-    return function
 
 
 class Net(torch.nn.Module):
@@ -92,6 +87,11 @@ def sent(optimizer):
     return [bucket.is_sent for bucket in parts(optimizer)]
 
 
+def look_when_reached(hidden, optimizer, seen):
+    """Note which buckets are under way when the backward pass comes to what was computed from here on."""
+    hidden.register_hook(lambda _: seen.append(sent(optimizer)))
+
+
 @case
 def buckets_travel_while_the_backward_pass_goes_on():
     def train(way):
@@ -102,7 +102,7 @@ def buckets_travel_while_the_backward_pass_goes_on():
             seen = []
             hidden = torch.tanh(model.left(x))
             if way == "auto" and step:
-                hidden.register_hook(lambda _, seen=seen, opt=optimizer: seen.append(sent(opt)))
+                look_when_reached(hidden, optimizer, seen)
             model.end(hidden).square().sum().backward()
             if way == "auto" and step:
                 assert any(seen[0]) and not all(seen[0]), seen
@@ -216,7 +216,7 @@ def accumulation_sends_in_the_last_pass_alone():
             seen = []
             hidden = torch.tanh(model.left(data(number)))
             if way == "auto" and number > 2:
-                hidden.register_hook(lambda _, seen=seen, opt=optimizer: seen.append(sent(opt)))
+                look_when_reached(hidden, optimizer, seen)
             if number % 3 != 2:  # what only earlier passes reach
                 hidden = hidden + model.right(data(number))
             model.end(hidden).square().sum().backward()
@@ -274,13 +274,10 @@ def what_is_checkpointed_re_entrantly_travels_early_too():
             seen = []
             hidden = torch.tanh(model.left(data(step)))
             if way == "auto" and step:
-                hidden.register_hook(lambda _, seen=seen, opt=optimizer: seen.append(sent(opt)))
+                look_when_reached(hidden, optimizer, seen)
             model.end(checkpoint(model.more, hidden, use_reentrant=True)).square().sum().backward()
             for each in seen:
-                own = next(
-                    i for i, b in enumerate(parts(optimizer)) if any(p is model.more.weight for p in b.parameters)
-                )
-                assert each[own] and not all(each)
+                assert each[number_of(model.more.weight, optimizer)] and not all(each)
             optimizer.step()
         return model
 
@@ -438,11 +435,10 @@ def gradients_of_another_stream_wait_for_the_end():
             seen = []
             hidden = torch.tanh(model.left(data(step)))
             if way == "auto" and step:
-                hidden.register_hook(lambda _, seen=seen, opt=optimizer: seen.append(sent(opt)))
+                look_when_reached(hidden, optimizer, seen)
             model.end(model.more(hidden)).square().sum().backward()
             for each in seen:
-                own = number_of(weight, optimizer)
-                assert any(each) and not each[own]
+                assert any(each) and not each[number_of(weight, optimizer)]
             optimizer.step()
         return model
 
@@ -475,8 +471,4 @@ def types_of_their_own():
 
 
 if __name__ == "__main__":
-    for function in [each for each in CASES if not sys.argv[1:] or each.__name__ in sys.argv[1:]]:
-        function()
-        if all(dp.gather(True)) and WORLD.rank == 0:
-            print("passed", function.__name__, flush=True)
-    dp.stop()
+    run_cases(dp, WORLD, sys.argv[1:])
