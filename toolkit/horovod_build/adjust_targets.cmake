@@ -1,5 +1,5 @@
 # Read by CMake right after Horovod's own `project()` call (CMAKE_PROJECT_INCLUDE), so that
-# Horovod 0.28.1 builds against today's frameworks. One line of its source is corrected, in the
+# Horovod 0.28.1 builds against today's frameworks. Two lines of its source are corrected, in the
 # copy that is built here.
 
 if("$ENV{HOROVOD_GPU_OPERATIONS}" STREQUAL "")
@@ -14,17 +14,32 @@ set(CMAKE_C_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
 set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
 set(CMAKE_CUDA_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
 
+# Replaces a piece of Horovod's source, once.
+function(hvdkit_correct name wrong right)
+  set(file "${CMAKE_SOURCE_DIR}/horovod/common/${name}")
+  file(READ "${file}" source)
+  string(FIND "${source}" "${right}" corrected)
+  if(NOT corrected EQUAL -1)
+    return()
+  endif()
+  string(FIND "${source}" "${wrong}" place)
+  if(place EQUAL -1)
+    message(FATAL_ERROR "${file} is not that of Horovod 0.28.1: it has no ${wrong}")
+  endif()
+  string(REPLACE "${wrong}" "${right}" source "${source}")
+  file(WRITE "${file}" "${source}")
+endfunction()
+
 # With Gloo, Horovod's stall inspector looks at no rank: the list of ranks is filled, and its length
 # stays 0. A rank that doesn't come to a compiled step's all-reduce would be waited for without end.
-set(file "${CMAKE_SOURCE_DIR}/horovod/common/gloo/gloo_controller.cc")
-file(READ "${file}" source)
-string(REPLACE "global_ranks_.reserve(size_);" "global_ranks_.resize(size_);" corrected "${source}")
-if(NOT corrected MATCHES "global_ranks_\\.resize\\(size_\\);")
-  message(FATAL_ERROR "${file} is not that of Horovod 0.28.1: its ranks' list is made otherwise")
-endif()
-if(NOT corrected STREQUAL source)
-  file(WRITE "${file}" "${corrected}")
-endif()
+hvdkit_correct(gloo/gloo_controller.cc "global_ranks_.reserve(size_);" "global_ranks_.resize(size_);")
+
+# In each cycle the ranks' background threads meet. Horovod counts the cycle from when a thread set out for
+# the meeting, so that one that was late once is as late each time after, and the others' threads wait for
+# it on the cores that train. Counted from the meeting's end, which all see at once, they come together.
+set(met "state.timeline_controller.MarkCyclesInTimelinePending();")
+hvdkit_correct(operations.cc "${met}" "${met}
+      state.last_cycle_start = std::chrono::steady_clock::now();")
 
 set(HVDKIT_HERE "${CMAKE_CURRENT_LIST_DIR}")
 
