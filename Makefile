@@ -85,9 +85,10 @@ help:
 	@echo '             FRAMEWORKS=torch,tensorflow,keras  MPI=pypi|system  PYTHON=python3'
 	@echo '             GPU=1 FRAMEWORKS=torch (or tensorflow): with CUDA and NCCL; GPU_ARCH=80,90: for GPUs that this host lacks'
 	@echo 'make proof   every recipe on 1, 2 and 4 workers, compared with one and with the other frameworks: some minutes'
-	@echo 'make bench   the speed beside that of its peers, what checkpoints, checks and --deterministic cost, and what'
-	@echo '             compression gives on slow links: an hour; BENCH=speed|exactness|compression: one of them;'
-	@echo '             ARGS="--only torch:cnn:2" or --short: less, written nowhere'
+	@echo 'make bench   the speed beside that of its peers, where a step'"'"'s time goes, batches a second, what checkpoints,'
+	@echo '             checks and --deterministic cost, and what compression gives on slow links: two hours;'
+	@echo '             BENCH=speed|path|input|exactness|compression: one of them; ARGS="--only torch:cnn:2" or --short:'
+	@echo '             less, written nowhere, or with --update into the results of speed that are there'
 	@echo 'make plan-check  hvdkit plan against runs here, over slow links, and published figures: some minutes'
 	@echo 'make drills  kill, stop, stall and corrupt real runs, and tell what came of it: some hours; ARGS="--share 0.1"'
 	@echo 'make fetched  what tests use that this machine may lack, sshd and Slurm, unpacked in a cache; make test does it'
@@ -165,16 +166,15 @@ drills: setup
 	@source $(VENV)/bin/activate && python -m tests.drills $(ARGS)
 
 # Some of the groups are asked for in --only, which is the speed's alone.
-BENCH ?= speed$(if $(findstring --only,$(ARGS)),, exactness compression)
+BENCHES = speed path input exactness compression
+BENCH ?= $(if $(findstring --only,$(ARGS)),speed,$(BENCHES))
 
 bench: setup $(if $(filter compression,$(BENCH)),fetched)
-	$(foreach name,$(filter-out speed exactness compression,$(BENCH)),\
-	  $(error BENCH=$(name): choose among speed exactness compression))
+	$(foreach name,$(filter-out $(BENCHES),$(BENCH)),$(error BENCH=$(name): choose among $(BENCHES)))
 	@$(VENV)/bin/python -c 'import matplotlib' 2> /dev/null || $(VENV)/bin/python -m pip install --editable '.[plot]' >> $(log) 2>&1 \
 	  || { echo 'installing matplotlib failed:'; $(PYTHON) -m toolkit.horovod_build.logged $(log); exit 1; }
-	@source $(VENV)/bin/activate $(if $(filter speed,$(BENCH)),&& python -m tests.benchmarks.speed $(ARGS)) \
-	  $(if $(filter exactness,$(BENCH)),&& python tests/benchmarks/exactness.py $(filter --short,$(ARGS))) \
-	  $(if $(filter compression,$(BENCH)),&& python -m tests.benchmarks.compression $(filter --short,$(ARGS)))
+	@source $(VENV)/bin/activate $(foreach name,$(filter $(BENCH),$(BENCHES)),\
+	  && python -m tests.benchmarks.$(name) $(if $(filter speed,$(name)),$(ARGS),$(filter --short,$(ARGS))))
 
 plan-check: fetched
 	@source $(VENV)/bin/activate && python -m tests.benchmarks.plan_check $(ARGS)

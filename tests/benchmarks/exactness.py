@@ -1,7 +1,7 @@
 """What the proof costs: checkpoints, checks that ranks agree, --deterministic.
 
-    python tests/benchmarks/exactness.py            # make bench: writes tests/benchmarks/results/exactness.md, .json
-    python tests/benchmarks/exactness.py --short    # a look at whether it runs; writes nothing
+    python -m tests.benchmarks.exactness            # make bench: writes tests/benchmarks/results/exactness.md, .json
+    python -m tests.benchmarks.exactness --short    # a look at whether it runs; writes nothing
 
 Everything compared runs in turns, in the same processes or in neighbouring ones, and is given as a share of
 the time of the same run without it: the machine's own speed cancels out.

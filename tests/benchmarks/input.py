@@ -1,8 +1,7 @@
 """Samples a second of `Run.batches`, against torch's DataLoader over a TensorDataset on the same arrays.
 
-    python tests/benchmarks/input.py                 # some minutes
-    python tests/benchmarks/input.py --short         # a look at whether it runs
-    python tests/benchmarks/input.py --json FILE     # the figures as well
+    python -m tests.benchmarks.input                 # make bench BENCH=input: writes results/input.md; some minutes
+    python -m tests.benchmarks.input --short         # a look at whether it runs; writes nothing
 
 One process. In each repetition every way reads the same number of batches in shuffled order, one way after the other;
 a ratio is that of one repetition. The time counts that the loop waits for batches, not what it does between them.
@@ -14,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -32,7 +30,9 @@ from toolkit import npy
 from toolkit.datasets import Split
 from toolkit.options import RunOptions
 from toolkit.run import Run
+from toolkit.tuning import usable_cores
 
+RESULTS = Path(__file__).parent / "results" / "input.md"
 WAYS = ("batches", "DataLoader", "DataLoader, 2 workers")
 STEP_SECONDS = 0.005
 LEAST = 5.0  # the target: times a DataLoader without workers
@@ -177,7 +177,7 @@ def table(results):
 
 
 def figures(repetitions=7, cases=CASES):
-    """Everything measured, as a dict for results.json: case to way to median, min and max."""
+    """Everything measured: case to way to median, min and max."""
     world = dp.start(seed=0)
     try:
         with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
@@ -186,17 +186,27 @@ def figures(repetitions=7, cases=CASES):
         dp.stop()
 
 
+TEXT = """# Batches a second
+
+Written by `make bench BENCH=input`: `Run.batches` against torch's DataLoader over a TensorDataset on the same arrays,
+in one process, medians of {repetitions} repetitions in turns; ratios are of one repetition each, with the least and the
+most. On {cores} cores that others use too. The target, {least:g} times a DataLoader without workers or more, is for
+batches of small samples: where a sample is an image of 0.6 MB, copying it is what takes the time, in every way.
+
+{table}
+"""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="one repetition")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
-    results = figures(1 if options.short else 7)
-    print(table(results))
-    small = results[CASES[0].name]["to DataLoader"]["median"]
-    print(f"\n{CASES[0].name}: {small:.1f} times the DataLoader; the target is {LEAST:g}")
-    if options.json:
-        options.json.write_text(json.dumps({"input": results}, indent=1) + "\n")
+    parser.add_argument("--short", action="store_true", help="one repetition; nothing is written")
+    short = parser.parse_args().short
+    repetitions = 1 if short else 7
+    lines = table(figures(repetitions))
+    print(lines)
+    if not short:
+        cores = usable_cores()
+        RESULTS.write_text(TEXT.format(repetitions=repetitions, cores=cores, least=LEAST, table=lines))
 
 
 if __name__ == "__main__":

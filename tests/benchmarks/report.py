@@ -28,11 +28,23 @@ def markdown(results: Results) -> str:
         f"of about {machine['turn_seconds']} s, {machine['rounds']} rounds in changing order, while all threads of the "
         "others are stopped; with other than 2 ranks at most 5 rounds of half of that time. A step's time is the "
         "slowest rank's. Ratios are of medians; the worst is that of the one round that is worst for us.",
+        *_measured_again(results),
         "## Targets",
         _table(["step time, 2 ranks", "at most", "measured", "worst round", ""], _target_rows(results)),
         *_sections(results),
     ]
     return "\n\n".join(text) + "\n"
+
+
+def _measured_again(results: Results) -> Iterator[str]:
+    """Which groups are of a later run than the others, by `--update`."""
+    later: dict[str, list[str]] = {}
+    for group in results["groups"]:
+        if machine := group.get("again"):
+            of = f"{machine['cores']} cores, {machine['processor']}; load {machine['load']:.2f}"
+            later.setdefault(of, []).append(group["name"])
+    for of, names in later.items():
+        yield f"Measured again in a later run ({of}), each group whole: {', '.join(names)}."
 
 
 def group_of(results: Results, framework: str, model: str, ranks: int) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.speed                       # make bench: writes tests/benchmarks/results/
     python -m tests.benchmarks.speed --only torch:cnn:2    # some of it; the results that are kept stay as they are
+    python -m tests.benchmarks.speed --only torch --update # measured again, in the place of what was kept of it
     python -m tests.benchmarks.speed --short               # one model on 2 ranks: a look at whether it runs
 
 Who competes is in groups.py, how in arena.py, and each contestant is a script in contestants/.
@@ -41,10 +42,16 @@ def main() -> None:
     chosen = groups.SHORT if options.short else groups.selected([w for w in options.only if w not in WHOLE_RUNS])
     if options.only and not set(options.only) - set(WHOLE_RUNS):
         chosen = []
+    if options.update:
+        kept = json.loads((options.output / "results.json").read_text())
+        again, results = results["machine"], kept
     with tempfile.TemporaryDirectory(prefix="hvdkit-bench-") as directory:
         for i, group in enumerate(chosen, 1):
             say(f"{i}/{len(chosen)} {group.name}")
-            results["groups"].append(_run_group(group, options, Path(directory)))
+            found = _run_group(group, options, Path(directory))
+            if options.update:
+                found["again"] = again
+            _put(results["groups"], found)
             _keep(results, options)
         for what, measure in (("start", _starts), ("epoch", _epochs)):
             if what in options.only or not (options.only or options.short):
@@ -56,6 +63,15 @@ def main() -> None:
         (options.output / UNFINISHED).replace(options.output / "results.json")
         (options.output / "results.md").write_text(text)
         _draw(results, options.output)
+
+
+def _put(found: list[dict[str, Any]], group: dict[str, Any]) -> None:
+    """Add a group's results, in the place of those that it has there."""
+    places = [i for i, other in enumerate(found) if other["name"] == group["name"]]
+    if places:
+        found[places[0]] = group
+    else:
+        found.append(group)
 
 
 def _parse() -> argparse.Namespace:
@@ -72,6 +88,7 @@ def _parse() -> argparse.Namespace:
         metavar="WHAT",
         help="torch:cnn:2 and the like, from the right less, or start (launch to first step) or epoch; writes nothing",
     )
+    parser.add_argument("--update", action="store_true", help="with --only: put them into the results that are kept")
     parser.add_argument(
         "--rounds", type=int, default=None, help="turns of each contestant (default: 7, 5 but with 2 ranks; --short: 5)"
     )
@@ -91,8 +108,10 @@ def _parse() -> argparse.Namespace:
     options.turn = options.turn or (0.2 if options.short else 1.0)
     if options.rounds < 1 or options.turn <= 0:
         parser.error("--rounds and --turn: give at least one round, and more than 0 seconds.")
-    if options.output is None and not options.short and not options.only:
+    if options.output is None and not options.short and (options.update or not options.only):
         options.output = RESULTS
+    if options.update and not (options.only and (options.output / "results.json").is_file()):
+        parser.error(f"--update: give --only, and an --output with results.json; {options.output} has none.")
     return options
 
 

@@ -1,4 +1,4 @@
-"""Rank 1 is stopped for a part of Horovod's cycle; then all are idle: how long do threads beside the main one want a core?"""
+"""Rank 1 is stopped for a part of Horovod's cycle; then all are idle: do threads beside the main one want a core?"""
 
 import json
 import os
