@@ -167,3 +167,11 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_one(train, flavour, sche
     differ = [name for name, array in expected.state.items() if found.state[name].tobytes() != array.tobytes()]
     assert not differ
     assert losses(stopped) == losses(straight)
+
+
+def test_horovods_threads_do_not_wait_for_each_other_where_mpi_adds_up():
+    """Its source is corrected for that: without it a thread wanted a core up to all of the time, after a late one."""
+    result = launch(2, [WORKERS / "idle_horovod.py"], timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    shares = json.loads(re.search(r"FOUND (.*)", result.stdout)[1])
+    assert min(map(max, zip(*shares, strict=True))) < 0.3, shares
