@@ -77,6 +77,11 @@ def test_more_workers_than_gpus_are_refused_or_share():
     assert result.stderr.count("gradients go through the host's memory: workers share a GPU") == 1
 
 
+def test_a_limit_of_memory_that_the_script_has_set_stays():
+    found, result = played(1, "1", "limited", launcher="none")
+    assert [rank[:3] for rank in found] == [("GPU:0", "0", "False")], result.stderr[-3000:]
+
+
 def test_workers_with_parts_of_a_gpu_train_without_nccl():
     found, result = played(2, "1", "parts", "nccl")
     assert [rank[:2] for rank in found] == [("GPU:0", "0")] * 2, result.stderr[-3000:]
