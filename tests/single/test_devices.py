@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests import launching
 from tests.single import gpu_host
 from toolkit import devices
 from toolkit.devices import Place
@@ -103,3 +104,10 @@ def test_the_driver_tells_uuid_and_place_or_is_named(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "libcuda.so.1").write_text("no library")
     assert "UsageError: CUDA's driver can't be asked for GPU 0" in told(tmp_path / "none").stderr
+
+
+def test_what_the_tests_launch_sees_no_gpu_but_for_those_on_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert launching.clean_environment()["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(launching, "hides_gpus", False)
+    assert launching.clean_environment()["CUDA_VISIBLE_DEVICES"] == "3"
