@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 WORKERS = ROOT / "tests" / "parallel" / "workers"
 MARK = "HVDKIT_TEST_PROCESS"
+hides_gpus = True  # the tests are of workers on CPUs, also on a machine with GPUs; but for tests/gpu
 
 
 def launch(
@@ -105,6 +106,7 @@ def clean_environment() -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        **({"CUDA_VISIBLE_DEVICES": ""} if hides_gpus else {}),
     }
 
 

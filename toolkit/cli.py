@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--timeout", default=600, type=float, help="seconds for one run (default: 600)")
     command.add_argument("--once", action="store_true", help="run each size once, without a look at repeatability")
     command.add_argument(
-        "recipe", nargs="+", metavar="-- python recipe.py …", help="the recipe's command for one worker"
+        "recipe",
+        nargs="+",
+        metavar="-- python recipe.py …",
+        help="the recipe's command for one worker; without --device in it, all runs are on CPUs",
     )
     command.set_defaults(function=_verify)
 

@@ -14,6 +14,9 @@ from toolkit.world import World
 
 DEVICES = ("auto", "cpu", "gpu")
 
+#: An environment variable: one of `DEVICES`, taken in place of "auto".
+VARIABLE = "HVDKIT_DEVICE"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -49,10 +52,40 @@ def choose(asked: str, world: World, visible: int) -> int | None:
         return None
     if visible == 0:
         raise UsageError(
-            f"--device gpu, and {world.name} sees no GPU: look at `nvidia-smi`, CUDA_VISIBLE_DEVICES and whether the "
-            "framework is a build for CUDA, or give --device cpu."
+            f"--device gpu, and {world.name} sees no GPU: look at `hvdkit doctor`, CUDA_VISIBLE_DEVICES and whether "
+            "the framework is a build for CUDA, or give --device cpu."
         )
     return world.local_rank % visible
+
+
+def crowded(places: Sequence[Place]) -> str | None:
+    """A host where workers would have a GPU together, and how many of each; None: there is none.
+
+    Args:
+        places: those of workers on one or more hosts.
+    """
+    for host in dict.fromkeys(place.host for place in places):
+        gpus = Counter(place.gpu for place in places if place.host == host and place.gpu)
+        if max(gpus.values(), default=0) > 1:
+            return f"{sum(gpus.values())} workers on {host} and {len(gpus)} GPU(s)"
+    return None
+
+
+def why_not_auto(places: Sequence[Place], with_nccl: bool) -> str | None:
+    """Why workers that may choose leave the GPUs alone, and what to do; None: they take them, or there are none.
+
+    Args:
+        places: every worker's, as far as they are known.
+        with_nccl: whether Horovod has NCCL, which adds up gradients on GPUs.
+    """
+    if not any(place.gpu for place in places):
+        return None
+    if not with_nccl:
+        return "Horovod was built without NCCL: `make setup GPU=1`, or do without it by --device gpu"
+    found = crowded(places)
+    return (
+        f"{found}: start as many there as it has GPUs, or let workers share them with --share-gpus" if found else None
+    )
 
 
 def check(places: Sequence[Place], share: bool) -> str | None:
@@ -71,19 +104,17 @@ def check(places: Sequence[Place], share: bool) -> str | None:
     without = [place for place in places if not place.gpu]
     if without and len(without) < len(places):
         raise UsageError(
-            f"{without[0].worker} found no GPU, and other workers have: mend that host, or give --device cpu."
+            f"{without[0].worker} has no GPU of its own, and other workers have: mend that host, start no more workers "
+            "there than it has GPUs, or give --device cpu."
         )
     if without:
         return "the workers are on CPUs"
-    for host in dict.fromkeys(place.host for place in places):
-        gpus = Counter(place.gpu for place in places if place.host == host)
-        if max(gpus.values()) > 1:
-            if not share:
-                raise UsageError(
-                    f"{sum(gpus.values())} workers on {host} and {len(gpus)} GPU(s): start as many there as "
-                    "it has GPUs, or let workers share them with --share-gpus."
-                )
-            return "workers share a GPU, which NCCL refuses"
+    if found := crowded(places):
+        if not share:
+            raise UsageError(
+                f"{found}: start as many there as it has GPUs, or let workers share them with --share-gpus."
+            )
+        return "workers share a GPU, which NCCL refuses"
     if len({(place.host, place.bus) for place in places}) < len(places):
         return "workers have parts of the same GPU (MIG), which NCCL refuses"
     return None

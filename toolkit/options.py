@@ -58,7 +58,9 @@ class JobOptions:
     stall_timeout: float = option(
         300.0, "seconds after which a worker that the others wait for ends the job; 0: never", minimum=0
     )
-    device: str = option("auto", "what to compute on; auto: a GPU for each worker where there are any", choices=DEVICES)
+    device: str = option(
+        "auto", "what to compute on; auto: a GPU for each worker where there are as many", choices=DEVICES
+    )
     share_gpus: bool = option(False, "let workers share a GPU where a host has more workers than GPUs")
     no_tuning: bool = option(False, "leave threads and Horovod's and MPI's settings alone")
     verbose: bool = option(False, "print the chosen settings with their reasons")

@@ -24,6 +24,7 @@ def launch(size, *arguments):
     """Run the worker on `size` ranks; gives the figures that it prints."""
     mpirun = Path(sys.executable).with_name("mpirun")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONPATH": str(ROOT)}
+    root["HVDKIT_DEVICE"] = "cpu"  # at all sizes
     worker = Path(__file__).with_name("exactness_worker.py")
     command = [mpirun, "-np", size, "--oversubscribe", "--bind-to", "none", sys.executable, worker, *arguments]
     done = subprocess.run(

@@ -28,7 +28,7 @@ def told(size, libraries, folder, *options):
 
 
 def test_an_epochs_row_has_the_largest_memory_and_the_mean_of_what_nvml_tells(tmp_path):
-    found = told(2, ["libcuda.so.1", "libnvidia-ml.so.1"], tmp_path / "both")
+    found = told(2, ["libcuda.so.1", "libnvidia-ml.so.1"], tmp_path / "both", "--device", "gpu")
     # Looks after 50, 100 and 110 steps, and one at the epoch's end, which is not in the mean: 0, 1, 2, (3), 4, 5, 6.
     assert found == [
         {"gpu_memory_megabytes": 200, "gpu_utilization_percent": (51 + 61) / 2},

@@ -24,14 +24,14 @@ def played(size, *arguments, launcher="mpirun"):
 
 
 def test_each_rank_sees_its_own_gpu_alone_and_takes_what_memory_it_needs():
-    found, result = played(2, "2")
+    found, result = played(2, "2", "--device", "gpu")
     assert [rank[:3] for rank in found] == [("GPU:0", "0", "True"), ("GPU:0", "1", "True")], result.stderr[-3000:]
     assert result.stderr.count("gradients go through the host's memory: Horovod was built without NCCL") == 1
 
 
 def test_the_device_is_taken_before_anything_has_tensorflow_begin():
     """Under horovodrun --gloo the ranks talk by TensorFlow itself, which must have its threads and GPU by then."""
-    found, result = played(2, "2", launcher="horovodrun-gloo")
+    found, result = played(2, "2", "nccl", launcher="horovodrun-gloo")
     assert [rank[:2] for rank in found] == [("GPU:0", "0"), ("GPU:0", "1")], result.stderr[-3000:]
     assert all(int(threads) > 0 for *_, threads in found) and "thread counts" not in result.stderr
 
@@ -45,17 +45,45 @@ def test_one_process_in_which_tensorflow_begins_early():
         assert result.returncode == 2 and "call start() first" in result.stderr.splitlines()[-1], result.stderr[-3000:]
 
 
+CPUS = "training on CPUs, though there are GPUs: "
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("horovodrun-gloo", marks=pytest.mark.long)])
+def test_workers_that_may_choose_leave_too_few_gpus_alone_and_say_so_once(launcher):
+    found, result = played(2, "1", "nccl", launcher=launcher)
+    assert [rank[:2] for rank in found] == [("cpu", "")] * 2, result.stderr[-3000:]
+    assert re.findall(rf"{CPUS}2 workers on \S+ and 1 GPU\(s\): .* --share-gpus", result.stderr), result.stderr[-3000:]
+    assert result.returncode == 0 and result.stderr.count(CPUS) == 1
+
+
+def test_workers_that_may_choose_do_not_train_on_gpus_without_nccl():
+    found, result = played(2, "2")
+    assert [rank[:2] for rank in found] == [("cpu", "")] * 2, result.stderr[-3000:]
+    assert result.stderr.count(f"{CPUS}Horovod was built without NCCL: `make setup GPU=1`") == 1
+
+
+def test_a_gpu_that_the_launcher_shows_a_worker_is_its_own():
+    found, result = played(2, "1", "handed-out", "nccl")
+    assert [rank[:2] for rank in found] == [("GPU:0", "0")] * 2, result.stderr[-3000:]
+    assert CPUS not in result.stderr
+
+
 @pytest.mark.long
 def test_more_workers_than_gpus_are_refused_or_share():
-    _, result = played(2, "1")
+    _, result = played(2, "1", "--device", "gpu")
     assert result.returncode == 2 and "2 workers on " in result.stderr and "--share-gpus" in result.stderr
     found, result = played(2, "1", "--share-gpus")
     assert [rank[:2] for rank in found] == [("GPU:0", "0")] * 2, result.stderr[-3000:]
     assert result.stderr.count("gradients go through the host's memory: workers share a GPU") == 1
 
 
+def test_a_limit_of_memory_that_the_script_has_set_stays():
+    found, result = played(1, "1", "limited", launcher="none")
+    assert [rank[:3] for rank in found] == [("GPU:0", "0", "False")], result.stderr[-3000:]
+
+
 def test_workers_with_parts_of_a_gpu_train_without_nccl():
-    found, result = played(2, "1", "parts")
+    found, result = played(2, "1", "parts", "nccl")
     assert [rank[:2] for rank in found] == [("GPU:0", "0")] * 2, result.stderr[-3000:]
     assert result.stderr.count("gradients go through the host's memory: workers have parts of the same GPU (MIG)") == 1
 

@@ -40,6 +40,14 @@ def test_planted_bug(bug):
         assert result.stdout.count(" yes ") == 2, "each size repeats to the bit"
 
 
+def test_runs_are_on_cpus_unless_the_environment_says_otherwise(monkeypatch):
+    recipe = verify.Recipe([sys.executable, "-c", "import os; raise SystemExit(os.environ['HVDKIT_DEVICE'])"])
+    monkeypatch.delenv("HVDKIT_DEVICE", raising=False)
+    assert recipe.run(1, 1).error == "cpu"
+    monkeypatch.setenv("HVDKIT_DEVICE", "gpu")
+    assert recipe.run(1, 1).error == "gpu"
+
+
 def test_against_another_framework():
     recipe = [sys.executable, "recipes/linear_regression_torch.py"]
     other = f"{sys.executable} recipes/linear_regression_tensorflow.py"

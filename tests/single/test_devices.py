@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests import launching
 from tests.single import gpu_host
 from toolkit import devices
 from toolkit.devices import Place
@@ -57,9 +58,29 @@ def test_whether_nccl_serves_all_workers(places, share, why_not):
 
 
 @pytest.mark.parametrize(
+    ("places", "with_nccl", "why_not"),
+    [
+        ([on("a", "1"), on("a", "2"), on("b", "1")], True, None),
+        (
+            [on("a", "1"), on("b", "1"), on("b", "1")],
+            True,
+            r"^2 workers on b and 1 GPU\(s\): start as many .* --share-gpus",
+        ),
+        ([on("a", "1"), on("a", "2"), on("a", "1")], True, r"^3 workers on a and 2 GPU\(s\)"),
+        ([on("a", "1")], False, "^Horovod was built without NCCL: `make setup GPU=1`"),
+        ([on("a"), on("a"), on("b")], False, None),
+        ([on("a"), on("a"), on("b", "1")], True, None),  # it is for `check` to say that a host lacks its GPUs
+    ],
+)
+def test_whether_workers_that_may_choose_take_gpus(places, with_nccl, why_not):
+    found = devices.why_not_auto(places, with_nccl)
+    assert found is None if why_not is None else re.search(why_not, found)
+
+
+@pytest.mark.parametrize(
     ("places", "share", "said"),
     [
-        ([on("a", "1", "01"), on("b")], True, "a worker on b found no GPU, and other workers have"),
+        ([on("a", "1", "01"), on("b")], True, "a worker on b has no GPU of its own, and other workers have"),
         ([on("a", "1", "01"), on("a", "1", "01")], False, r"2 workers on a and 1 GPU\(s\): .* --share-gpus"),
     ],
 )
@@ -83,3 +104,10 @@ def test_the_driver_tells_uuid_and_place_or_is_named(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "libcuda.so.1").write_text("no library")
     assert "UsageError: CUDA's driver can't be asked for GPU 0" in told(tmp_path / "none").stderr
+
+
+def test_what_the_tests_launch_sees_no_gpu_but_for_those_on_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert launching.clean_environment()["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setattr(launching, "hides_gpus", False)
+    assert launching.clean_environment()["CUDA_VISIBLE_DEVICES"] == "3"

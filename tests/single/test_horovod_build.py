@@ -464,6 +464,7 @@ def test_without_a_toolkit_pypis_is_taken_where_it_suits(machine):
     machine.nvidia_smi(driver="12.8")
     text = refusal(cuda.find_toolkit, TENSORFLOW)
     assert "nvcc 13.0.88 in" in text and "a driver for CUDA 12.8" in text
+    assert "torch 2.13.0 is for CUDA 13.0, and this machine's driver serves 12.8" in refusal(cuda.find_toolkit, TORCH)
     machine.torch("12.6")
     assert "torch 2.13.0 is for CUDA 12.6" in refusal(cuda.find_toolkit, TORCH)
 

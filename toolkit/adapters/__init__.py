@@ -50,12 +50,14 @@ class Adapter(Protocol):
                 no sign of life, ends the job and is named (see `toolkit.watch`); 0: never. Also given to
                 Horovod's stall inspector, where the environment does not set it.
             device: "cpu"; "gpu": this worker's own among the GPUs of its host, by local rank; "auto": that, or the CPU
-                where no worker sees a GPU. `World.device` names it.
+                where no worker sees a GPU, or several workers have too few or a Horovod without NCCL. `World.device`
+                names it.
             share_gpus: let workers share a GPU, where a host has more workers than GPUs.
 
         Raises:
             UsageError: the framework can't be used as it is set up (such as Keras on the jax backend),
-                there are fewer workers than groups, no GPU where one is asked for, or more workers than GPUs.
+                there are fewer workers than groups, no GPU where one is asked for, more workers than
+                GPUs that they were told to take, or one that can't be used.
         """
 
     def stop(self) -> None:

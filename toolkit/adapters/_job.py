@@ -29,6 +29,7 @@ _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; 
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
 _explains = False
 _gpu: int | None = None  # this worker's, as its framework numbers them
+_has_chosen = False  # between that and the CPU
 _uuid = ""  # the same GPU's; "" on the CPU
 _reduces_on_gpu = False
 _distributed = itertools.count()  # calls of distribute() since Horovod was started
@@ -133,12 +134,16 @@ def explain(lines: str) -> None:
         print(lines, flush=True)
 
 
-def choose_device(here: World, asked: str, framework: Any) -> World:
+def choose_device(hvd: Any, here: World, asked: str, share: bool, framework: Any) -> World:
     """Take this worker's GPU, or the CPU; the first thing that `start` does with the framework, which may then begin.
 
+    All ranks call it together.
+
     Args:
+        hvd: `horovod.torch` or `horovod.tensorflow`, started.
         here: this worker.
-        asked: one of `toolkit.devices.DEVICES`.
+        asked: one of `toolkit.devices.DEVICES`; for "auto" the environment's HVDKIT_DEVICE counts, if it is set.
+        share: whether workers may share a GPU.
         framework: a module with `visible_gpus`, `use_gpu` and `use_cpu`.
 
     Returns:
@@ -147,13 +152,36 @@ def choose_device(here: World, asked: str, framework: Any) -> World:
     Raises:
         UsageError: see `toolkit.devices.choose`.
     """
-    global _gpu
-    if _gpu is None or not elastic.is_active():  # a process that an elastic job starts anew has its GPU already
-        _gpu = devices.choose(asked, here, framework.visible_gpus())
+    global _gpu, _has_chosen
+    if asked == "auto":
+        asked = os.environ.get(devices.VARIABLE, asked)
+    if not (_has_chosen and elastic.is_active()):  # a process that an elastic job starts anew computes where it did
+        visible = 0 if asked == "cpu" else framework.visible_gpus()
+        _gpu = devices.choose(asked, here, visible)
+        if asked == "auto" and not share and (hvd.size() > 1 or elastic.is_active()):
+            why_not = _why_not_auto(hvd, here, visible)
+            _gpu = None if why_not else _gpu
+            if why_not and hvd.rank() == 0:
+                print(f"training on CPUs, though there are GPUs: {why_not}", file=sys.stderr, flush=True)
+        _has_chosen = True
     if _gpu is None:
         framework.use_cpu()
         return here
     return replace(here, device=framework.use_gpu(_gpu))
+
+
+def _why_not_auto(hvd: Any, here: World, visible: int) -> str | None:
+    """See `devices.why_not_auto`; the same on all ranks where MPI can tell each of the others: no framework may yet."""
+    wire = mpi_wire(hvd, global_process_set)
+    if wire is None:  # the other workers of this host see what this one does, unless the launcher hands GPUs out
+        same = (_place(here, rank % visible) for rank in range(here.local_size) if visible)
+        return devices.why_not_auto(list(same), hvd.nccl_built())
+    places, built = zip(*wire.gather((_place(here, _gpu), hvd.nccl_built())), strict=True)
+    return devices.why_not_auto(places, all(built))
+
+
+def _place(here: World, gpu: int | None) -> devices.Place:
+    return devices.Place(here.name, socket.gethostname(), *(() if gpu is None else devices.identity(gpu)))
 
 
 def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callable[..., Any]) -> None:
@@ -172,7 +200,7 @@ def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callab
         UsageError: see `toolkit.devices.check`.
     """
     global _reduces_on_gpu, _uuid
-    place = devices.Place(here.name, socket.gethostname(), *(() if _gpu is None else devices.identity(_gpu)))
+    place = _place(here, _gpu)
     _uuid = place.gpu
     places = gather(place, all_groups=True) if hvd.size() > 1 and asked != "cpu" else [place]
     why_not = devices.check(places, share)

@@ -52,8 +52,8 @@ def set_threads(threads: int) -> None:
 
 
 def visible_gpus() -> int:
-    """GPUs that Keras may take: those that torch sees, where KERAS_TORCH_DEVICE names no other device."""
-    return torch.cuda.device_count() if os.environ.get("KERAS_TORCH_DEVICE", "cuda").startswith("cuda") else 0
+    """GPUs that Keras may take: those that torch can use, where KERAS_TORCH_DEVICE names no other device."""
+    return _torch_ops.visible_gpus() if os.environ.get("KERAS_TORCH_DEVICE", "cuda").startswith("cuda") else 0
 
 
 def use_gpu(number: int) -> str:

@@ -71,11 +71,12 @@ def visible_gpus() -> int:
 
 
 def use_gpu(number: int) -> str:
-    """Have TensorFlow see this GPU alone, and take of its memory what it needs; returns its name."""
+    """Have TensorFlow see this GPU alone, and take of its memory what it needs or the script set; returns its name."""
     gpu = tf.config.list_physical_devices("GPU")[number]
     with _before_tensorflow_begins():
         tf.config.set_visible_devices([gpu], "GPU")
-        tf.config.experimental.set_memory_growth(gpu, True)
+        if not tf.config.get_logical_device_configuration(gpu):  # else the script has set how much
+            tf.config.experimental.set_memory_growth(gpu, True)
     return _GPU
 
 

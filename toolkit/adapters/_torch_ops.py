@@ -14,6 +14,7 @@ import torch
 from toolkit import watch
 from toolkit.adapters import _job
 from toolkit.adapters._shared import GPU_RANDOM
+from toolkit.errors import UsageError
 
 _device = torch.device("cpu")  # this worker's
 _copies: Any = None  # the stream of a GPU's on which arrays are copied there
@@ -51,16 +52,24 @@ def broadcast(array: np.ndarray) -> np.ndarray:
 
 
 def visible_gpus() -> int:
-    """GPUs that torch sees."""
-    return torch.cuda.device_count()
+    """GPUs that torch can use: it counts those of a driver too old for its CUDA too."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def use_gpu(number: int) -> str:
-    """Make this GPU the one that new tensors on "cuda", and Horovod, take; returns its name."""
+    """Make this GPU the one that new tensors on "cuda", and Horovod, take; returns its name.
+
+    Raises:
+        UsageError: it can't be used.
+    """
     global _device, _copies
-    torch.cuda.set_device(number)
     _device = torch.device("cuda", number)
-    _copies = torch.cuda.Stream(_device)
+    try:
+        torch.cuda.set_device(_device)
+        _copies = torch.cuda.Stream(_device)
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise UsageError(f"torch can't use {_device} ({why}): look at `hvdkit doctor`, or give --device cpu.") from None
     return str(_device)
 
 

@@ -55,7 +55,7 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
-    here = _job.choose_device(here, device, _tensorflow_ops)
+    here = _job.choose_device(hvd, here, device, share_gpus, _tensorflow_ops)
     if choices.threads:
         _tensorflow_ops.set_threads(choices.threads)
     if deterministic:

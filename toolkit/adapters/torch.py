@@ -42,7 +42,7 @@ def start(
         groups=groups,
         stall_timeout=stall_timeout,
     )
-    here = _job.choose_device(here, device, _torch_ops)
+    here = _job.choose_device(hvd, here, device, share_gpus, _torch_ops)
     if deterministic:
         _torch_ops.be_deterministic()
     if choices.threads:

@@ -142,11 +142,17 @@ def find_toolkit(frameworks: dict[str, str]) -> Path | None:
     one does too, if the driver is for that: Horovod's libraries for TensorFlow hold a CUDA runtime of their own.
 
     Raises:
-        BuildError: there is none, and PyPI's does not suit.
+        BuildError: there is none, and PyPI's does not suit; or the driver is older than the frameworks' version.
     """
     version = agreed_version(frameworks)
     major = _numbers(version)[0]
     driver = re.search(r"CUDA Version: ([\d.]+)", _output(["nvidia-smi"]))
+    if driver and _numbers(driver[1])[0] < major:
+        raise BuildError(
+            f"{' and '.join(frameworks.values())} is for CUDA {version}, and this machine's driver serves {driver[1]}: "
+            f"install a driver for CUDA {major}, or the framework's build for CUDA {_numbers(driver[1])[0]} "
+            "(docs/gpus.md), or build with GPU=0."
+        )
     newest = major if "torch" in frameworks else _numbers(driver[1])[0] if driver else PYPI_MAJOR
     found = {home.resolve(): nvcc_version(home) for home in _homes()}
     suitable = {
