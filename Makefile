@@ -29,7 +29,7 @@ FRAMEWORK ?= $(firstword $(buildable))
 
 refuse_unless = $(if $(filter $(2),$($(1))),,$(error $(1)=$($(1)): choose $(3)))
 
-ifneq ($(filter setup train test test-all test-hosts fuzz lint proof bench plan-check drills,$(MAKECMDGOALS)),)
+ifneq ($(filter setup train test test-all test-hosts test-gpu fuzz lint proof bench plan-check drills,$(MAKECMDGOALS)),)
   $(foreach name,$(filter-out torch tensorflow keras,$(wanted)),\
     $(error FRAMEWORKS=$(FRAMEWORKS): $(name) is none; choose among torch,tensorflow,keras))
   $(if $(buildable),,$(error FRAMEWORKS=$(FRAMEWORKS): name torch or tensorflow; keras runs on either))
@@ -68,7 +68,7 @@ endif
 
 # --- targets
 
-.PHONY: help setup train test test-all test-hosts test-gpu-build fetched fuzz lint proof bench plan-check drills
+.PHONY: help setup train test test-all test-hosts test-gpu test-gpu-build fetched fuzz lint proof bench plan-check drills
 
 help:
 	@echo 'make train   train with 2 workers; RECIPE=cnn|linear_regression|synthetic  FRAMEWORK=torch|tensorflow|keras'
@@ -77,6 +77,7 @@ help:
 	@echo 'make test-all  the same with the tests marked long'
 	@echo 'make test-hosts  on three hosts made of network namespaces: every recipe by every launcher, a cable that is pulled,'
 	@echo '             slow links; without ARGS it writes tests/hosts/results.md: half an hour'
+	@echo 'make test-gpu  on a machine with a GPU, set up with GPU=1: the adapters on it, and what a step costs, with limits'
 	@echo 'make test-gpu-build  builds Horovod with CUDA and NCCL in build/, without a GPU too: some GB, some minutes;'
 	@echo '             ARGS="--framework tensorflow"'
 	@echo 'make fuzz    the tests on random input, with EXAMPLES=100000 each and other ones each time: some hours;'
@@ -150,6 +151,14 @@ test-all: lint fetched
 test-hosts: setup
 	@$(VENV)/bin/python -m tests.hosts.sshd --again
 	@source $(VENV)/bin/activate && HVDKIT_HOSTS_RESULTS=$(if $(ARGS)$(PYTEST_ADDOPTS),-,tests/hosts/results.md) python -m pytest tests/hosts $(ARGS)
+
+# What a step costs with one worker, and the memory that it takes with two on one GPU; without a GPU both refuse to start.
+overhead = python -m tests.gpu.overhead --device gpu --framework
+
+test-gpu: setup
+	@source $(VENV)/bin/activate && python -m pytest tests/gpu $(ARGS) \
+	  && export KERAS_BACKEND=$(firstword $(filter tensorflow,$(wanted)) torch) \
+	  $(foreach name,$(wanted),&& $(overhead) $(name) && hvdkit launch -np 2 -- $(overhead) $(name) --share-gpus --rounds 3)
 
 # An environment of its own: that of `make setup` stays as it is.
 test-gpu-build:

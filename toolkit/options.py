@@ -53,7 +53,8 @@ class JobOptions:
     reducer: str = option("auto", "who adds up gradients; auto: whichever is faster here", choices=REDUCERS)
     seed: int = option(0, "for initial weights and the order of the samples", minimum=0, maximum=2**32 - 1)
     deterministic: bool = option(
-        False, "runs repeat to the bit with more than two workers too, whatever is reduced at the same time"
+        False,
+        "runs repeat to the bit whatever is reduced at the same time; on GPUs it is what makes runs and resumes do so",
     )
     stall_timeout: float = option(
         300.0, "seconds after which a worker that the others wait for ends the job; 0: never", minimum=0

@@ -5,6 +5,7 @@ Needs one GPU, and for each backend its framework's build for CUDA, with Keras.
 
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -13,23 +14,7 @@ import pytest
 
 from tests.launching import ROOT, WORKERS, clean_environment, launch
 
-CASES = [
-    "options_act_on_averaged_gradients",
-    "options_of_distribute_are_keras_own",
-    "ways_to_train_are_the_same",
-    "saving_and_loading_keep_the_plain_optimizer",
-    "overflow_on_one_rank_makes_all_skip",
-    "mixed_precision_averages_outermost",
-    "mixed_precision_unscales_averages_clips_and_steps",
-    "embeddings_with_repeated_and_absent_rows",
-    "a_gradient_missing_on_some_ranks_is_zero_there",
-    "broadcast_covers_statistics_and_slots_but_no_random_states",
-    "callback_broadcasts_before_the_first_batch",
-    "metrics_are_those_over_all_samples",
-    "state_round_trips_by_stable_names",
-    "what_ranks_keep_for_themselves_goes_on_where_it_was",
-    "compressed_gradients_agree",
-]
+CASES = re.findall(r"@case\ndef (\w+)", (WORKERS / "keras_cases.py").read_text())
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 is float32, in matrix products and convolutions too
 SEES = {
     "torch": "import torch; print(torch.cuda.device_count())",

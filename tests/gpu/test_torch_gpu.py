@@ -1,12 +1,14 @@
 """The torch adapter on a GPU: alone, with Horovod's NCCL, and two workers that share it, through the host's memory."""
 
+import functools
 import json
+import re
 import shutil
 import subprocess
 
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, WORKERS, launch
 
 LIST = ["nvidia-smi", "--list-gpus"]  # this process loads no framework
 FOUND = subprocess.run(LIST, capture_output=True, text=True).stdout if shutil.which(LIST[0]) else ""
@@ -16,6 +18,12 @@ pytestmark = [
     pytest.mark.timeout(200),
 ]
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # convolutions and products in full float32, as on the CPU
+CASES, OVERLAP = (
+    re.findall(r"@case\ndef (\w+)", (WORKERS / worker).read_text()) for worker in ("torch_cases.py", "overlap_torch.py")
+)
+NEEDS_TWO = pytest.mark.skipif(GPUS < 2, reason="this machine has fewer than two GPUs")
+# How gradients travel, and with how many workers: on one GPU the host's memory stands in NCCL's place.
+IN_BUCKETS = [pytest.param(["--carried"], id="carried"), pytest.param([], marks=NEEDS_TWO, id="NCCL")]
 
 
 def losses(size, output, *options):
@@ -85,7 +93,35 @@ def test_buckets_travel_through_nccl():
     assert "passed buckets_of_one_worker\n" in result.stdout, result.stderr[-3000:]
 
 
-@pytest.mark.skipif(GPUS < 2, reason="this machine has fewer than two GPUs")
+@functools.cache
+def cases(size, *command):
+    """What a worker prints that runs all of its cases on the GPU; each is launched once."""
+    launcher = "none" if size == 1 else "mpirun"
+    result = launch(size, command, launcher=launcher, environment={"HVDKIT_TEST_DEVICE": "gpu", **EXACT})
+    return result.stdout, f"exit code {result.returncode}\n{result.stdout[-6000:]}\n{result.stderr[-3000:]}"
+
+
+@pytest.mark.timeout(320)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_case(size, case):
+    if size == 1 and case == "control_without_distribute_ranks_part":
+        return
+    printed, told = cases(size, WORKERS / "torch_cases.py")
+    assert f"passed {case}\n" in printed, told
+
+
+@pytest.mark.timeout(320)
+@pytest.mark.parametrize(
+    ("worker", "case"), [("torch_cases.py", case) for case in CASES] + [("overlap_torch.py", case) for case in OVERLAP]
+)
+@pytest.mark.parametrize("options", IN_BUCKETS)
+def test_case_in_buckets(options, worker, case):
+    printed, told = cases(2, WORKERS / "as_on_gpus.py", *options, WORKERS / worker)
+    assert f"passed {case}\n" in printed, told
+
+
+@NEEDS_TWO
 def test_workers_with_gpus_of_their_own_compute_what_one_would(tmp_path):
     wanted = losses(1, tmp_path / "cpu", "--device", "cpu")
     assert losses(2, tmp_path / "gpu", "--device", "gpu") == pytest.approx(wanted, rel=1e-3)

@@ -17,7 +17,7 @@ def run(request):
     size = request.param
     if size not in RUNS:
         result = launch(size, [WORKERS / "torch_cases.py"], launcher="none" if size == 1 else "mpirun")
-        RUNS[size] = (result.stdout, f"exit code {result.returncode}\n{result.stderr[-3000:]}")
+        RUNS[size] = (result.stdout, f"exit code {result.returncode}\n{result.stdout[-6000:]}\n{result.stderr[-3000:]}")
     return (size, *RUNS[size])
 
 
@@ -55,9 +55,9 @@ SHORT = [
 ]
 
 
-def in_buckets(size, worker, *cases, environment=None):
+def in_buckets(size, worker, *cases, options=(), environment=None):
     """Run cases on the way that a GPU's gradients take."""
-    command = [WORKERS / "as_on_gpus.py", WORKERS / worker, *cases]
+    command = [WORKERS / "as_on_gpus.py", *options, WORKERS / worker, *cases]
     result = launch(size, command, environment=environment, timeout=200)
     found = re.findall(r"passed (\w+)", result.stdout)
     assert sorted(found) == sorted(cases), f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -66,6 +66,11 @@ def in_buckets(size, worker, *cases, environment=None):
 @pytest.mark.parametrize("size", some_long([2, 4], short=[2]))
 def test_gradients_travel_in_buckets_while_the_backward_pass_goes_on(size):
     in_buckets(size, "overlap_torch.py", *OVERLAP)
+
+
+def test_what_is_carried_through_the_host_in_nccls_place_is_the_same():
+    """By which tests/gpu has two workers on one GPU send buckets."""
+    in_buckets(2, "overlap_torch.py", *OVERLAP[:3], options=["--carried"])
 
 
 @pytest.mark.parametrize("cases", some_long(["short", "all"], short=["short"]))

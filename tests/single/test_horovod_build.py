@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -758,6 +759,23 @@ def test_make_train_shows_the_command_it_runs(tmp_path, values, expected):
     shown, ran = done.stdout.splitlines()[-2:]
     assert shown == f"echo 'source {tmp_path}/bin/activate; {expected}'"
     assert ran == f"source {tmp_path}/bin/activate && {expected}"
+
+
+def of_the_guides():
+    """Every `make` that the guides show, and those that a line's comment offers for its FRAMEWORKS."""
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").iterdir())):
+        for line in re.findall(r"^(?:    |(?:# *)?RUN )make (.*)$", file.read_text(), re.MULTILINE):
+            words, comment = shlex.split(line, comments=True), line.partition("#")[2]
+            yield words
+            name = "(?:torch|tensorflow|keras)"
+            for other in re.findall(rf"\b{name}(?:,{name})*", comment):
+                yield [f"FRAMEWORKS={other}" if word.startswith("FRAMEWORKS=") else word for word in words]
+
+
+@pytest.mark.parametrize("words", of_the_guides(), ids=" ".join)
+def test_make_takes_what_the_guides_show(tmp_path, words):
+    done = make("-n", f"VENV={tmp_path}", *words)
+    assert done.returncode == 0, done.stderr
 
 
 def test_make_alone_names_every_target():

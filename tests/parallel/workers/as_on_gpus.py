@@ -1,8 +1,9 @@
-"""as_on_gpus.py [--share] WORKER [ARGUMENT …]: a worker's cases on the ways that a GPU's gradients take, on a CPU.
+"""as_on_gpus.py [--share | --carried] WORKER [ARGUMENT …]: a worker's cases on the ways that a GPU's gradients take.
 
+On a CPU, or where HVDKIT_TEST_DEVICE says gpu on a real one.
 torch's travel in buckets during the backward pass, and TensorFlow's are added up by Horovod where they are, in buckets;
 they are so small that a model's gradients fill several. With --share torch's go through the host, as workers that share
-a GPU have it.
+a GPU have it; with --carried they travel in buckets, and are added up in the host's memory in NCCL's place.
 """
 
 import os
@@ -11,8 +12,8 @@ import sys
 
 from toolkit.adapters import _job
 
-share = sys.argv[1] == "--share"
-if share:
+share, carried = (sys.argv[1] == flag for flag in ("--share", "--carried"))
+if share or carried:
     del sys.argv[1]
 if os.environ.get("KERAS_BACKEND") == "torch" or "torch" in " ".join(sys.argv[1:3]):
     from toolkit.adapters import _torch_buckets, _torch_buffer
@@ -29,6 +30,10 @@ if os.environ.get("KERAS_BACKEND") == "torch" or "torch" in " ".join(sys.argv[1:
     else:
         _job.reduces_on_gpu = lambda: True
         _torch_buckets.BYTES = 60
+    if carried:
+        from tests.parallel.workers.carried import carry
+
+        carry()
 else:
     from toolkit.adapters import _reduction, _tensorflow_horovod
 

@@ -1,10 +1,11 @@
-"""overlap_torch.py [CASE …]: torch gradients in buckets that travel during the backward pass, on the CPU.
+"""overlap_torch.py [CASE …]: torch gradients in buckets that travel during the backward pass.
 
 The same training is done by way of one buffer after the backward pass (`reducer="mpi"`), which must give the same.
 Each case prints `passed <case>` on rank 0 once every rank has come through it. Run by `as_on_gpus.py`.
 """
 
 import functools
+import os
 import sys
 import warnings
 
@@ -16,7 +17,8 @@ from tests.parallel.workers.cases import case, run_cases
 from toolkit.adapters import _torch_buckets, _torch_buffer
 from toolkit.errors import UsageError
 
-WORLD = dp.start(seed=1)
+WORLD = dp.start(seed=1, device=os.environ.get("HVDKIT_TEST_DEVICE", "cpu"), share_gpus=True)
+DEVICE = torch.device(WORLD.device)
 WAYS = "auto", "mpi"  # in buckets, and in one buffer
 ROUNDS = []  # how many gradients came to each round of adding up buckets
 _add_up = _torch_buckets.Buckets._add_up
@@ -38,6 +40,7 @@ class Net(torch.nn.Module):
         torch.manual_seed(0)
         self.left, self.right, self.end = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6), torch.nn.Linear(6, 6)
         self.more = torch.nn.Linear(6, 6)
+        self.to(DEVICE)
 
     def forward(self, x, left_first=True):
         # The branch that is computed last is the first one of the backward pass.
@@ -48,7 +51,7 @@ class Net(torch.nn.Module):
 
 def data(step):
     generator = torch.Generator().manual_seed(100 * step + WORLD.rank)
-    return torch.randn(3, 4, generator=generator)
+    return torch.randn(3, 4, generator=generator).to(DEVICE)
 
 
 def new(way, kind=torch.optim.SGD, **options):
@@ -66,8 +69,10 @@ def both_ways(train):
     """Train in buckets and in one buffer, and compare the weights; returns the model that went in buckets."""
     models = {way: train(way) for way in WAYS}
     for (name, p), q in zip(models["auto"].named_parameters(), models["mpi"].parameters(), strict=True):
-        # Of two numbers there is one sum; of more the order of addition is each algorithm's own.
-        same = torch.equal(p, q) if WORLD.size == 2 else torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+        # Of two numbers there is one sum; of more the order of addition is each algorithm's own. A GPU's own kernels,
+        # as of the norm that clips, may add up in an order that goes by where in memory the numbers begin.
+        exact = WORLD.size == 2 and DEVICE.type == "cpu"
+        same = torch.equal(p, q) if exact else torch.allclose(p, q, rtol=1e-5, atol=1e-6)
         assert same, (name, (p - q).abs().max())
     digests = dp.gather(dp.digest(models["auto"]))
     assert all(other == digests[0] for other in digests)
@@ -410,19 +415,19 @@ def a_gradient_that_is_not_finite_leaves_the_step_out_and_is_named():
 @case
 def finite_numbers_whose_sum_is_not_are_finite():
     huge = torch.finfo(torch.float32).max
-    flags = _torch_buffer.finite([torch.full((9,), huge), torch.tensor([float("-inf"), 1]), torch.empty(0)])
-    assert flags.tolist() == [True, False, True]
+    plain = [torch.full((9,), huge), torch.tensor([float("-inf"), 1]), torch.empty(0)]
     mixed = [
         torch.full((2,), 1e300, dtype=torch.float64),
         torch.tensor([1, float("nan")]).half(),
         torch.ones(2, 2).to_sparse(),
     ]
-    assert _torch_buffer.finite(mixed).tolist() == [True, False, True]
+    for tensors in (plain, mixed):
+        assert _torch_buffer.finite([each.to(DEVICE) for each in tensors]).tolist() == [True, False, True]
 
 
 @case
 def gradients_of_another_stream_wait_for_the_end():
-    """Of which a CPU has none: it is played that those of one layer come on another one."""
+    """It is played that those of one layer do, as a CPU has no streams."""
     real, now = _torch_buckets._stream, [0]
 
     def train(way):
@@ -454,7 +459,7 @@ def types_of_their_own():
     def train(way):
         torch.manual_seed(0)
         kinds = torch.float32, torch.float64, torch.bfloat16, torch.float16
-        model = torch.nn.ModuleList([torch.nn.Linear(4, 4, dtype=kind) for kind in kinds])
+        model = torch.nn.ModuleList([torch.nn.Linear(4, 4, dtype=kind) for kind in kinds]).to(DEVICE)
         optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model, reducer=way)
         for step in range(3):
             optimizer.zero_grad()

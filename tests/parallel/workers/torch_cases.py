@@ -13,22 +13,18 @@ import numpy as np
 import torch
 
 import toolkit.adapters.torch as dp
+from tests.parallel.workers.cases import case, run_cases
 from toolkit.errors import UsageError
 from toolkit.sharding import Sharding
 
-WORLD = dp.start(seed=1)
+WORLD = dp.start(seed=1, device=os.environ.get("HVDKIT_TEST_DEVICE", "cpu"), share_gpus=True)
+DEVICE = torch.device(WORLD.device)
 OPTIMIZERS = [
     kind
     for _, kind in inspect.getmembers(torch.optim, inspect.isclass)
     if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
 ]
 SAMPLES = 7  # not a multiple of the ranks: unequal parts
-CASES = []
-
-
-def case(function):
-    CASES.append(function)
-    return function
 
 
 class Net(torch.nn.Module):
@@ -40,6 +36,7 @@ class Net(torch.nn.Module):
         self.embedding = torch.nn.Embedding(9, 4, sparse=True) if kind is torch.optim.SparseAdam else None
         self.first = torch.nn.Linear(4, 5, bias=bias)
         self.second = torch.nn.Linear(5, 1, bias=bias)
+        self.to(DEVICE)
 
     def forward(self, x):
         if self.embedding is not None:
@@ -52,7 +49,8 @@ class Net(torch.nn.Module):
 
 def batch(step):
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(SAMPLES, 4, generator=generator), torch.randn(SAMPLES, 1, generator=generator)
+    x, y = torch.randn(SAMPLES, 4, generator=generator), torch.randn(SAMPLES, 1, generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 def mine(step, accumulation_steps=1):
@@ -303,7 +301,7 @@ def import_that_fails_in_the_end_puts_the_model_back():
 @case
 def broadcast_gives_rank_0s_bits():
     torch.manual_seed(WORLD.rank)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).to(DEVICE)
     optimizer = torch.optim.Adam(
         [
             {"params": model[0].parameters(), "lr": 0.1},
@@ -385,7 +383,7 @@ def loss_scaling_averages_before_it_looks_for_overflow():
     model, optimizer = new(torch.optim.SGD)
     optimizer = dp.distribute(optimizer, model, clip_norm=0.1)
     reference, plain = new(torch.optim.SGD)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     for step in range(4):
         ((x, y, weight),) = mine(step)
         optimizer.zero_grad()
@@ -406,14 +404,14 @@ def loss_scaling_averages_before_it_looks_for_overflow():
 def half_accumulated_scaler_step():
     model, optimizer = new(torch.optim.SGD)
     optimizer = dp.distribute(optimizer, model, accumulation_steps=2)
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler(DEVICE.type)
     scaler.scale(loss_of(model, *batch(0))).backward()
     scaler.step(optimizer)
 
 
 def mixed_precision_step(model, optimizer, scaler, dtype, x, y, weight):
     optimizer.zero_grad()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         loss = loss_of(model, x, y) * weight
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -427,13 +425,14 @@ def mixed_precision_step(model, optimizer, scaler, dtype, x, y, weight):
 def mixed_precision_unscales_averages_clips_and_steps_as_one_process():
     for dtype in (torch.bfloat16, torch.float16):
         # Float16's scale makes the norm 1000 times the limit: clipped before it is unscaled, no step would be seen.
-        scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16) for _ in range(2)]
+        scaled = dtype == torch.float16
+        scalers = [torch.amp.GradScaler(DEVICE.type, init_scale=1024.0, enabled=scaled) for _ in range(2)]
         reference, plain = new(torch.optim.SGD, lr=0.5)
         model, optimizer = new(torch.optim.SGD, lr=0.5)
         optimizer = dp.distribute(optimizer, model)
         begun = copy.deepcopy(model)
         for step in range(6):
-            spoilt = dtype == torch.float16 and step == 3
+            spoilt = scaled and step == 3
             before = [p.clone() for p in model.parameters()]
             ((x, y, weight),) = mine(step)
             if spoilt and WORLD.rank == WORLD.size - 1:
@@ -470,7 +469,7 @@ def a_model_that_is_compiled_before_or_after_distribute():
 @case
 def a_parameter_without_gradient_counts_as_zero_or_stays():
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 1) for name in ("always", "sometimes", "never")})
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 1) for name in ("always", "sometimes", "never")}).to(DEVICE)
     optimizer = dp.distribute(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5), model)
     start = copy.deepcopy(model.state_dict())
     x, _ = batch(0)
@@ -481,7 +480,7 @@ def a_parameter_without_gradient_counts_as_zero_or_stays():
             loss = loss + model["sometimes"](x).mean()
         loss.backward()
         if WORLD.rank == 0:
-            assert torch.allclose(model["sometimes"].bias.grad, torch.full((1,), 1 / WORLD.size))
+            assert torch.allclose(model["sometimes"].bias.grad, torch.full((1,), 1 / WORLD.size, device=DEVICE))
         optimizer.step()
     assert equal_on_all_ranks(model, optimizer)
     assert torch.equal(model["never"].weight, start["never.weight"]), "no gradient anywhere: not even weight decay"
@@ -509,7 +508,7 @@ def a_closure_that_sets_gradients_by_hand_is_averaged():
     def closure():
         for p in model.parameters():
             p.grad = torch.full_like(p, float(WORLD.rank))
-        return torch.tensor(float(WORLD.rank))
+        return torch.tensor(float(WORLD.rank), device=DEVICE)
 
     loss = optimizer.step(closure)
     mean = (WORLD.size - 1) / 2
@@ -535,7 +534,7 @@ def a_backward_pass_that_fails_does_not_end_the_averaging():
         pass
     optimizer.zero_grad()
     (loss_of(model, x, y) * (1.0 + WORLD.rank)).backward()
-    gradients = dp.gather([p.grad.numpy() for p in model.parameters()])
+    gradients = dp.gather([p.grad.cpu().numpy() for p in model.parameters()])
     assert all(np.array_equal(a, b) for other in gradients for a, b in zip(other, gradients[0], strict=True))
 
 
@@ -570,7 +569,7 @@ def a_new_optimizer_takes_over_the_old_ones_parameters():
 def channels_last_and_bfloat16_models_work():
     torch.manual_seed(WORLD.rank)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 1))
-    model = model.to(memory_format=torch.channels_last).to(torch.bfloat16)
+    model = model.to(memory_format=torch.channels_last).to(DEVICE, torch.bfloat16)
     optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=0.5), model)
     dp.broadcast_state(model, optimizer)
     assert equal_on_all_ranks(model) and model[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -591,7 +590,7 @@ def nested_state_and_slashes_in_names_round_trip():
                     self.state[p]["pre"] = {"L": p.grad.clone(), "R": [p.grad.clone() * 2, None]}
             return super().step(closure)
 
-    model = torch.nn.ModuleDict({"a/b": torch.nn.Linear(4, 1), "a": torch.nn.Linear(4, 1)})
+    model = torch.nn.ModuleDict({"a/b": torch.nn.Linear(4, 1), "a": torch.nn.Linear(4, 1)}).to(DEVICE)
     optimizer = dp.distribute(Nested(model.parameters(), lr=0.1), model)
     (model["a/b"](batch(0)[0]).sum() + model["a"](batch(0)[0]).sum()).backward()
     optimizer.step()
@@ -678,8 +677,4 @@ def mistakes_get_one_clear_line():
 
 
 if __name__ == "__main__":
-    for function in [each for each in CASES if not sys.argv[1:] or each.__name__ in sys.argv[1:]]:
-        function()
-        if all(dp.gather(True)) and WORLD.rank == 0:
-            print("passed", function.__name__, flush=True)
-    dp.stop()
+    run_cases(dp, WORLD, sys.argv[1:])
