@@ -85,17 +85,17 @@ class Compression:
         """Until every worker has the mean, without compressing; None: the all-reduce is none for these workers.
 
         What is summed as it travels is all-reduced: PowerSGD in two operations, as its second factor needs the mean of
-        the first. 8 bits can't hold a sum: each worker sums one part of all, from all the others, and the sums are
-        gathered. top-k's places differ between workers, so each gets those of all: bytes grow with the workers.
+        the first. 16 and 8 bits are not summed: each worker sums one part of all in float32, from all the others, and
+        the sums are gathered. top-k's places differ between workers, so each gets those of all: bytes grow with them.
 
         Args:
-            all_reduce: a key of `cost.ALL_REDUCES`; int8 and top-k do without.
+            all_reduce: a key of `cost.ALL_REDUCES`; fp16, bf16, int8 and top-k do without.
             size: bytes, as `size` has it, or of a part of the gradients.
         """
         if workers == 1:
             return Cost(0.0, self.name)
         agreement = links.agreement(workers)
-        if self.name == "int8":
+        if self.name in ("fp16", "bf16", "int8"):
             seconds = all_to_all(links, workers, size) + all_gather(links, workers, size / workers)
             return Cost(2 * agreement + seconds, "all-to-all, all-gather")
         if self.name == "topk":
