@@ -143,7 +143,7 @@ class Recorder:
         received[...] = send
 
 
-SHAPES = [(256, 256), (256,), (96, 64), (96,)]
+SHAPES = [(256, 256), (256,), (3, 3, 64, 96), (96,)]
 
 
 @pytest.mark.parametrize("all_reduce", cost.ALL_REDUCES)
@@ -162,18 +162,27 @@ def test_an_exchange_is_planned_as_the_compression_makes_it(name, all_reduce):
     seconds = sum(links.agreement(workers) + made[operation](size) for operation, size in wire.calls)
     scheme = Compression(name)
     planned = scheme.exchange(all_reduce, links, workers, scheme.size(gradients)).seconds
-    assert planned == pytest.approx(seconds, rel=0.01), wire.calls
+    assert planned == pytest.approx(seconds, rel=0.05), wire.calls  # halves of PowerSGD's are not alike
 
 
-def test_bytes_of_compressions():
-    shapes = [(100, 50), (64, 3, 3, 3), (10,), (2, 2)]
-    gradients = Gradients.of(shapes)
-    values = 5000 + 64 * 27 + 10 + 4
+@pytest.mark.parametrize(
+    ("shape", "matrix"),
+    [((100, 50), 150), ((64, 3, 3, 3), 64 + 27), ((3, 3, 512, 512), 3 * 3 * 512 + 512), ((5, 5, 1, 200), 25 + 200)],
+)
+def test_bytes_of_compressions(shape, matrix):
+    """Kernels as torch has them (out, in, height, width), and as Keras has (height, width, in, out)."""
+    gradients = Gradients.of([shape, (10,), (2, 2)])
+    values = math.prod(shape) + 14
     assert gradients.size == 4 * values
     sizes = {name: Compression(name, rank=2).size(gradients) for name in ("none", "fp16", "bf16", "int8", "topk")}
-    assert sizes == {"none": 4 * values, "fp16": 2 * values, "bf16": 2 * values, "int8": values, "topk": 0.08 * values}
-    assert Compression("powersgd", rank=2).size(gradients) == 4 * (2 * 150 + 2 * (64 + 27) + 10 + 4)
-    assert Compression("powersgd").size(Gradients(1e6)) is None
+    expected = {"none": 4 * values, "fp16": 2 * values, "bf16": 2 * values, "int8": values, "topk": 0.08 * values}
+    assert sizes == {name: pytest.approx(size, abs=40) for name, size in expected.items()}, "scales, and rounding"
+    assert Compression("powersgd", rank=2).size(gradients) == 4 * (2 * matrix + 14)
+
+
+def test_bytes_of_gradients_whose_shapes_are_not_known():
+    sizes = {name: Compression(name).size(Gradients(1e6)) for name in compression.NAMES}
+    assert sizes == {"none": 1e6, "fp16": 5e5, "bf16": 5e5, "int8": 2.5e5, "topk": 2e4, "powersgd": None}
 
 
 def test_strong_scaling_waits_for_the_largest_part():

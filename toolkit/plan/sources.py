@@ -92,14 +92,12 @@ def _compression_costs(options: argparse.Namespace, gradients: Gradients) -> tup
     costs = {"none": 0.0, **dict(options.compression_ms)}
     if gradients.shapes is None:
         return costs, []
-    names = {name: name for name in SCHEMES if name not in costs}
-    names |= {
-        n: f"{n}:{x:.12g}" for n, x in (("topk", options.top_k), ("powersgd", options.powersgd_rank)) if n in names
-    }
     (none,), found = cost.measure(["none"], gradients.shapes, 2), {}
-    for name, whole in names.items():  # one after the other, as each needs memory of some copies of the gradients
-        (its,) = cost.measure([whole], gradients.shapes, 2)
-        found[name] = max(0.0, its.seconds - none.seconds)
+    for name in SCHEMES:  # one after the other, as each needs memory of some copies of the gradients
+        if name not in costs:
+            scheme = Compression(name, share=options.top_k, rank=options.powersgd_rank)
+            (its,) = cost.measure([scheme.spelled], gradients.shapes, 2)
+            found[name] = max(0.0, its.seconds - none.seconds)
     said = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in found.items())
     return costs | found, [f"compressing costs a step, measured here: {said}"] if found else []
 
