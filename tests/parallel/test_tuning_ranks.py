@@ -44,7 +44,7 @@ def test_each_rank_keeps_to_its_own_cores(tmp_path):
     found, printed = ranks(tmp_path, "-v", environment={tuning.AFFINITY: "1"})
     parts = [rank["cores"] for rank in found]
     assert sorted(parts[0] + parts[1]) == CORES and all(parts)
-    assert "kept to core(s)" in printed and "HVDKIT_AFFINITY=1" in printed
+    assert "kept to CPU(s)" in printed and "HVDKIT_AFFINITY=1" in printed
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs 2 cores")

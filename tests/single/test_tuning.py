@@ -101,6 +101,44 @@ def test_each_worker_has_a_part_of_the_cores_to_itself(cores, local_size, blocks
         assert tuning.with_affinity(Choices(), 0, local_size, environ, cores, bound=False) == Choices()
 
 
+@pytest.fixture
+def two_threads_a_core(tmp_path):
+    """Eight logical CPUs as the kernel usually numbers them: CPU c and c + 4 are core c's."""
+    for cpu in range(8):
+        place = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cores"),
+    [
+        (range(8), [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ([1, 2, 5], [(1, 5), (2,)]),
+        ([0, 8, 9], [(0,), (8,), (9,)]),  # of which the kernel does not tell
+    ],
+)
+def test_hardware_threads_of_one_core_are_one_core(two_threads_a_core, cpus, cores, monkeypatch):
+    assert tuning.physical_cores(cpus, two_threads_a_core) == cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(cpus))
+    assert tuning.usable_cores(two_threads_a_core) == tuning.host_cores(two_threads_a_core) == len(cores)
+
+
+@pytest.mark.parametrize(
+    ("local_size", "parts"),
+    [
+        (1, [tuple(range(8))]),
+        (2, [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        (4, [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        (8, [(0,), (4,), (1,), (5,), (2,), (6,), (3,), (7,)]),
+    ],
+)
+def test_workers_do_not_share_a_core_where_there_is_one_for_each(two_threads_a_core, local_size, parts):
+    given = {"environ": {AFFINITY: "1"}, "cores": range(8), "bound": False, "root": two_threads_a_core}
+    assert [tuning.with_affinity(Choices(), r, local_size, **given).cores for r in range(local_size)] == parts
+
+
 def test_a_worker_that_its_launcher_has_bound_stays_there():
     found = tuning.with_affinity(Choices(), 1, 2, {AFFINITY: "1"}, [2, 3], bound=True)
     assert found.cores is None and "the launcher has bound this worker to 2,3" in found.explain()
