@@ -164,8 +164,16 @@ def is_slowed_down(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("HOROVOD_CYCLE_TIME") == SLOW_CYCLE
 
 
+def what_is_set(names: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
+    """The first of these variables that is set, in words; empty: none is."""
+    return next((f"{name}={environ[name]} is set" for name in names if name in environ), "")
+
+
 def choose_environment(
-    environ: Mapping[str, str] = os.environ, tuned: Mapping[str, str] | None = None, source: str = ""
+    environ: Mapping[str, str] = os.environ,
+    tuned: Mapping[str, str] | None = None,
+    source: str = "",
+    users_threads: str = "",
 ) -> Choices:
     """Decide on the variables to set before MPI and Horovod start.
 
@@ -173,6 +181,7 @@ def choose_environment(
         environ: the environment, with the user's variables, which come first.
         tuned: what `hvdkit tune` has found for this job, which comes next.
         source: where that was read.
+        users_threads: as in `with_threads`.
     """
     wanted = dict(defaults(mpi_of(environ)))
     wanted.update({name: (value, f"found by hvdkit tune, in {source}") for name, value in (tuned or {}).items()})
@@ -181,7 +190,7 @@ def choose_environment(
     for name, (value, reason) in wanted.items():
         if name in environ:
             reasons.append(f"{name}={environ[name]} left alone: it is set")
-        elif name == THREADS and "OMP_NUM_THREADS" in environ:
+        elif name == THREADS and _threads_are_set(users_threads, environ):
             pass  # which `with_threads` leaves alone
         else:
             chosen[name] = value
@@ -244,6 +253,7 @@ def with_threads(
     environ: Mapping[str, str] = os.environ,
     cores: int | None = None,
     around: int | None = None,
+    users_threads: str = "",
 ) -> Choices:
     """Add the number of compute threads, once the number of workers on this host is known.
 
@@ -253,6 +263,7 @@ def with_threads(
         environ: the environment, with the user's variables.
         cores: that this process may use; None asks the operating system.
         around: cores that the host's workers may use together, at least `cores`; None asks the operating system.
+        users_threads: how the user has set the framework's own number of them, in words; empty: it is not set.
 
     Raises:
         UsageError: HVDKIT_THREADS is no number of threads.
@@ -262,14 +273,18 @@ def with_threads(
         if not re.fullmatch("[1-9][0-9]{0,3}", asked):
             raise UsageError(f"{THREADS} is {asked!r}: expected a number of threads, 1 to 9999.")
         return _with(choices, f"{asked} compute thread(s): {THREADS}", threads=int(asked))
-    if "OMP_NUM_THREADS" in environ:
-        return _with(choices, f"compute threads left alone: OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is set")
+    if why := _threads_are_set(users_threads, environ):
+        return _with(choices, f"compute threads left alone: {why}")
     own = usable_cores() if cores is None else cores
     available = max(own, host_cores() if around is None and cores is None else around or own)
     threads = max(1, min(own, available // local_size))
     bound = f", of which this one is bound to {own}" if own < available else ""
     reason = f"{threads} compute thread(s): {available} core(s) for {local_size} worker(s) on this host{bound}"
     return _with(choices, reason, threads=threads)
+
+
+def _threads_are_set(users_threads: str, environ: Mapping[str, str]) -> str:
+    return what_is_set(["OMP_NUM_THREADS"], environ) or users_threads
 
 
 def with_affinity(

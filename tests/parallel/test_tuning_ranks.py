@@ -76,6 +76,43 @@ def test_what_was_found_is_left_alone(tmp_path, why):
         assert rank["threads"] != 3
 
 
+SHARE = max(1, tuning.host_cores())  # of the one rank
+# TensorFlow's 0 is its own choice, for which it reads its variables.
+THREADS = {
+    "nothing, torch": (["torch"], {}, [SHARE], "compute thread(s): "),
+    "a call, torch": (["torch", "7"], {}, [7], "left alone: torch.set_num_threads(7) was called"),
+    "MKL": (["torch"], {"MKL_NUM_THREADS": "1"}, [1], "left alone: MKL_NUM_THREADS=1 is set"),
+    "nothing, TensorFlow": (["tensorflow"], {}, [SHARE, max(2, SHARE)], "compute thread(s): "),
+    "a call, TensorFlow": (["tensorflow", "7", "5"], {}, [7, 5], "left alone: tf.config.threading has 7"),
+    "variables": (
+        ["tensorflow"],
+        {"TF_NUM_INTRAOP_THREADS": "7", "TF_NUM_INTEROP_THREADS": "5"},
+        [0, 0],
+        "compute threads left alone: TF_NUM_INTRAOP_THREADS=7 is set",
+    ),
+    "between operations": (
+        ["tensorflow"],
+        {"TF_NUM_INTEROP_THREADS": "5"},
+        [SHARE, 0],
+        "threads for independent operations left alone: TF_NUM_INTEROP_THREADS=5 is set",
+    ),
+    "ours comes first": (
+        ["tensorflow", "7", "5"],
+        {tuning.THREADS: "3"},
+        [3, 5],
+        "3 compute thread(s): HVDKIT_THREADS",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", THREADS)
+def test_threads_that_the_user_set_are_left_alone(how):
+    arguments, environment, threads, told = THREADS[how]
+    result = launch(1, [WORKERS / "threads_cases.py", *arguments], launcher="none", environment=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"FOUND {' '.join(map(str, threads))}\n" in result.stdout and told in result.stdout, result.stdout
+
+
 def test_a_bad_file_is_a_line_and_where_it_was_named_the_end(tmp_path):
     path = tmp_path / tuned.path_for("tuning_cases", 2)
     path.parent.mkdir()

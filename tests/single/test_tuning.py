@@ -166,6 +166,10 @@ def test_what_was_found_comes_after_the_users_word_and_before_our_own():
     assert dict(chosen.environment) == {"HOROVOD_CYCLE_TIME": "5", AFFINITY: "1"}
     assert "HOROVOD_CYCLE_TIME=5: found by hvdkit tune, in a file" in chosen.explain()
     assert "OMP_NUM_THREADS=7 is set" in tuning.with_threads(chosen, 2, environ, 8).explain()
+    assert THREADS in tuning.choose_environment(OPEN_MPI, found, "a file").environment
+    assert THREADS not in tuning.choose_environment(OPEN_MPI, found, "a file", "a call was made").environment
+    left = tuning.with_threads(chosen, 2, {}, 8, users_threads="a call was made")
+    assert left.threads is None and "left alone: a call was made" in left.explain()
 
 
 HERE = tuned.Job("torch", 2, 2, 2)

@@ -62,11 +62,12 @@ def root_rank() -> int:
 
 
 def start_horovod(
-    hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int, stall_timeout: float
+    hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int, stall_timeout: float, users_threads: str
 ) -> tuple[World, Choices]:
     """Tune the environment, start Horovod and make this process's failures end the job.
 
     In an elastic job it is called again, after `stop_horovod`, when the workers have changed.
+    `users_threads` is what `tuning.with_threads` takes; the others are `start`'s.
 
     Returns:
         The world, and what tuning chose for the framework's threads.
@@ -86,7 +87,7 @@ def start_horovod(
         raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
     if groups > 1 and elastic.is_active():
         raise UsageError("--fold-groups in an elastic job: start it without --host-discovery-script, or leave it out.")
-    choices = _choose(hvd.__name__.rpartition(".")[2], launched or World()) if tune else Choices()
+    choices = _choose(hvd.__name__.rpartition(".")[2], launched or World(), users_threads) if tune else Choices()
     if deterministic:
         choices = tuning.with_determinism(choices)
     os.environ.update(choices.environment)
@@ -119,7 +120,8 @@ def start_horovod(
     end_job_on_exception(here)
     if tune:
         choices = tuning.with_memory_kept(choices)
-        choices = tuning.with_affinity(tuning.with_threads(choices, here.local_size), here.local_rank, here.local_size)
+        choices = tuning.with_threads(choices, here.local_size, users_threads=users_threads)
+        choices = tuning.with_affinity(choices, here.local_rank, here.local_size)
     if choices.cores is not None:
         os.sched_setaffinity(0, choices.cores)
     _explains = verbose and here.rank == here.group == 0
@@ -229,12 +231,12 @@ def keep_quick(hvd: Any) -> None:
         _cycles["slow"] = _cycles["fast"]
 
 
-def _choose(framework: str, launched: World) -> Choices:
+def _choose(framework: str, launched: World, users_threads: str) -> Choices:
     """The variables to set, with what `hvdkit tune` has found for a job like this one."""
     if elastic.is_active():  # its workers and their number change
         return tuning.choose_environment()
     path, environment, why_not = tuned.take_up(Path(sys.argv[0]).stem, framework, launched)
-    choices = tuning.choose_environment(tuned=environment, source=str(path))
+    choices = tuning.choose_environment(tuned=environment, source=str(path), users_threads=users_threads)
     return replace(choices, reasons=(*choices.reasons, why_not)) if why_not else choices
 
 

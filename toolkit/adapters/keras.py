@@ -54,6 +54,7 @@ def start(
         deterministic=deterministic,
         groups=groups,
         stall_timeout=stall_timeout,
+        users_threads=_ops.users_threads(),
     )
     here = _job.choose_device(here, device, _ops)
     if choices.threads:

@@ -41,12 +41,13 @@ def start(
         deterministic=deterministic,
         groups=groups,
         stall_timeout=stall_timeout,
+        users_threads=_torch_ops.users_threads(),
     )
     here = _job.choose_device(here, device, _torch_ops)
     if deterministic:
         _torch_ops.be_deterministic()
     if choices.threads:
-        torch.set_num_threads(choices.threads)
+        _torch_ops.set_threads(choices.threads)
     torch.manual_seed(seed)
     _shared.seed_python_and_numpy(seed)
     _job.check_devices(hvd, here, device, share_gpus, gather)

@@ -137,9 +137,9 @@ def recipe(
 
 def _on_its_own(workers: int) -> dict[str, str]:
     """The environment of one worker of several, with the share of the cores that tuning would give it."""
-    threads = str(max(1, usable_cores() // workers))
-    names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-    return {**(dict.fromkeys(names, threads) if workers > 1 else {}), **os.environ}
+    threads = max(1, usable_cores() // workers)
+    names = {"OMP_NUM_THREADS": threads, "TF_NUM_INTRAOP_THREADS": threads, "TF_NUM_INTEROP_THREADS": max(2, threads)}
+    return {**({name: str(n) for name, n in names.items()} if workers > 1 else {}), **os.environ}
 
 
 def _begin(
