@@ -55,6 +55,7 @@ class StepTimes:
                 "workers": world.size * world.groups,
                 "local_workers": world.local_size,
                 "cores": tuning.host_cores(),
+                "on_gpu": world.device != "cpu",
                 "by_mpi": tuning.is_slowed_down(),
                 "seconds": slowest.tolist(),
             }
@@ -67,6 +68,11 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> StepTimes | Non
     return StepTimes(Path(path)) if path else None
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What a run wrote; nothing where it wrote none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def seconds_of_steps(path: Path, warm_up: int) -> list[float]:
     """Seconds of each step, on its slowest rank, after the first `warm_up` of a run, from the file that it wrote."""
-    return json.loads(path.read_text())["seconds"][warm_up:]
+    return read(path)["seconds"][warm_up:]

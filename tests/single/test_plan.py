@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.benchmarks import published
 from toolkit import compression
 from toolkit.cli import main
 from toolkit.errors import UsageError
-from toolkit.plan import cost, step
+from toolkit.plan import cost, measure, step
 from toolkit.plan.cost import Link, Links
 from toolkit.plan.schemes import Compression, Gradients
 from toolkit.plan.step import Compute, Training
@@ -277,6 +278,64 @@ def test_one_step_of_a_fixed_batch(capsys):
     out = told(capsys, *ALL_TOLD, "--scaling", "strong", "--batch", "64", "--max-workers", "4")
     assert "64 samples over all workers" in out
     assert [row.split()[1] for row in out.splitlines() if row.split()[:1] == ["4"]][0] == "25"
+
+
+@pytest.fixture
+def links_of_memory(monkeypatch):
+    """In place of measuring: 1 µs and 50 Gbit/s, wherever."""
+    found = measure.Between(Link.of(1e-6, 50e9), measure.Spread(1e-3, 1e-3, 1e-3), 4_000_000, 1e-6, "mpi")
+    monkeypatch.setattr(measure, "between", lambda *_: found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the latency and rate between hosts is that of the memory of this machine. "),
+        (["--gbit", "25"], "the latency between hosts is that of the memory of this machine. "),
+        (["-H", "node1:4"], "the latency and rate between hosts is that of the memory of node1. "),
+        (["--gbit", "25", "--latency-us", "20"], ""),
+        (["-H", "node1:4,node2:4"], ""),
+        (["--workers-per-host", "8", "--max-workers", "8"], ""),
+    ],
+)
+def test_memory_that_stands_for_a_network_is_told_with_the_verdict(arguments, said, links_of_memory, capsys):
+    out = told(capsys, "--compute-ms", "100", "--gradient-mb", "100", "--max-workers", "16", *arguments)
+    last = out.splitlines()[-1]
+    assert last.startswith("For a network this is no plan: ") == bool(said) and said in last
+    assert ("in its memory in place of a network" in out) == (bool(said) or "8" in arguments)
+
+
+RECIPE_ON_GPU = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+from toolkit import checkpoint, step_times
+
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+steps = int(given.get("--max-steps", 20))
+state = {"model/w": np.full((3, 2), steps, np.float32)}
+checkpoint.write(Path(given["--output"]), steps, state, {"global_batch_size": 4, "framework": "torch"}, 1)
+times = {"seconds": [0.01] * steps, "on_gpu": True}
+Path(os.environ[step_times.VARIABLE]).write_text(json.dumps(times))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "links are measured between CPUs alone: give --latency-us and --gbit, or"),
+        (["--workers-per-host", "2"], "which 2 at a time would share: measure it without --workers-per-host"),
+    ],
+)
+def test_what_is_not_measured_on_gpus_is_refused(arguments, text, tmp_path, capsys):
+    script = tmp_path / "recipe.py"
+    script.write_text(RECIPE_ON_GPU)
+    command = ["--steps", "5", "--scaling", "weak", *arguments, "--", sys.executable, str(script)]
+    assert main(["plan", *command]) == 2
+    said = capsys.readouterr()
+    assert text in said.err and said.err.count("\n") == 1, said.err
+    if not arguments:
+        assert "workers pay" in told(capsys, "--latency-us", "2", "--gbit", "100", *command)
 
 
 @pytest.mark.parametrize(
