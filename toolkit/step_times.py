@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit import tuning
+from toolkit import tuned, tuning
 from toolkit.adapters import Adapter
 from toolkit.files import write_whole
 from toolkit.world import World
@@ -55,7 +56,9 @@ class StepTimes:
                 "workers": world.size * world.groups,
                 "local_workers": world.local_size,
                 "cores": tuning.host_cores(),
-                "on_gpu": world.device != "cpu",
+                "device": "cpu" if world.device == "cpu" else "gpu",
+                "mpi": tuning.mpi_of(),
+                "options": tuned.options_of(sys.argv[1:]),
                 "by_mpi": tuning.is_slowed_down(),
                 "seconds": slowest.tolist(),
             }

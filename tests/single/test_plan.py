@@ -315,7 +315,7 @@ given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 steps = int(given.get("--max-steps", 20))
 state = {"model/w": np.full((3, 2), steps, np.float32)}
 checkpoint.write(Path(given["--output"]), steps, state, {"global_batch_size": 4, "framework": "torch"}, 1)
-times = {"seconds": [0.01] * steps, "on_gpu": True}
+times = {"seconds": [0.01] * steps, "device": "gpu"}
 Path(os.environ[step_times.VARIABLE]).write_text(json.dumps(times))
 """
 

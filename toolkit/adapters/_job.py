@@ -62,12 +62,24 @@ def root_rank() -> int:
 
 
 def start_horovod(
-    hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int, stall_timeout: float, users_threads: str
+    hvd: Any,
+    framework: Any,
+    *,
+    tune: bool,
+    verbose: bool,
+    deterministic: bool,
+    groups: int,
+    stall_timeout: float,
+    device: str,
 ) -> tuple[World, Choices]:
     """Tune the environment, start Horovod and make this process's failures end the job.
 
     In an elastic job it is called again, after `stop_horovod`, when the workers have changed.
-    `users_threads` is what `tuning.with_threads` takes; the others are `start`'s.
+
+    Args:
+        hvd: `horovod.torch` or `horovod.tensorflow`.
+        framework: a module with `users_threads` and `visible_gpus`.
+        tune, verbose, deterministic, groups, stall_timeout, device: as `start` has them.
 
     Returns:
         The world, and what tuning chose for the framework's threads.
@@ -87,7 +99,11 @@ def start_horovod(
         raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
     if groups > 1 and elastic.is_active():
         raise UsageError("--fold-groups in an elastic job: start it without --host-discovery-script, or leave it out.")
-    choices = _choose(hvd.__name__.rpartition(".")[2], launched or World(), users_threads) if tune else Choices()
+    users_threads = framework.users_threads() if tune else ""
+    choices = Choices()
+    if tune:
+        place = "cpu" if device == "cpu" or not framework.visible_gpus() else "gpu"
+        choices = _choose(hvd.__name__.rpartition(".")[2], place, launched or World(), users_threads)
     if deterministic:
         choices = tuning.with_determinism(choices)
     os.environ.update(choices.environment)
@@ -231,11 +247,20 @@ def keep_quick(hvd: Any) -> None:
         _cycles["slow"] = _cycles["fast"]
 
 
-def _choose(framework: str, launched: World, users_threads: str) -> Choices:
+def _choose(framework: str, device: str, launched: World, users_threads: str) -> Choices:
     """The variables to set, with what `hvdkit tune` has found for a job like this one."""
     if elastic.is_active():  # its workers and their number change
         return tuning.choose_environment()
-    path, environment, why_not = tuned.take_up(Path(sys.argv[0]).stem, framework, launched)
+    job = tuned.Job(
+        framework,
+        launched.size,
+        launched.local_size,
+        tuning.host_cores(),
+        device,
+        tuning.mpi_of(),
+        tuned.options_of(sys.argv[1:]),
+    )
+    path, environment, why_not = tuned.take_up(Path(sys.argv[0]).stem, job, launched)
     choices = tuning.choose_environment(tuned=environment, source=str(path), users_threads=users_threads)
     return replace(choices, reasons=(*choices.reasons, why_not)) if why_not else choices
 

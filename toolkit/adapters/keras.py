@@ -49,12 +49,13 @@ def start(
     _check_backend()
     here, choices = _job.start_horovod(
         hvd,
+        _ops,
         tune=tune,
         verbose=verbose,
         deterministic=deterministic,
         groups=groups,
         stall_timeout=stall_timeout,
-        users_threads=_ops.users_threads(),
+        device=device,
     )
     here = _job.choose_device(here, device, _ops)
     if choices.threads:

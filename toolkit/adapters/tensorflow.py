@@ -49,12 +49,13 @@ def start(
         )
     here, choices = _job.start_horovod(
         hvd,
+        _tensorflow_ops,
         tune=tune,
         verbose=verbose,
         deterministic=deterministic,
         groups=groups,
         stall_timeout=stall_timeout,
-        users_threads=_tensorflow_ops.users_threads(),
+        device=device,
     )
     here = _job.choose_device(here, device, _tensorflow_ops)
     if choices.threads:

@@ -36,12 +36,13 @@ def start(
     """See `toolkit.adapters.Adapter.start`."""
     here, choices = _job.start_horovod(
         hvd,
+        _torch_ops,
         tune=tune,
         verbose=verbose,
         deterministic=deterministic,
         groups=groups,
         stall_timeout=stall_timeout,
-        users_threads=_torch_ops.users_threads(),
+        device=device,
     )
     here = _job.choose_device(here, device, _torch_ops)
     if deterministic:

@@ -138,13 +138,13 @@ def recipe(
         _gradients(found, before),
         found.manifest["global_batch_size"],
         _framework(found.manifest),
-        noted["on_gpu"],
+        noted["device"] == "gpu",
     )
 
 
 def _check_companions(workers: int, noted: Mapping[str, Any]) -> None:
     """Raise `UsageError` where workers beside the measured one would take its GPU, as each is the first of its job."""
-    if workers > 1 and noted.get("on_gpu"):
+    if workers > 1 and noted.get("device") == "gpu":
         raise UsageError(
             f"the recipe computes on a GPU, which {workers} at a time would share: measure it without "
             "--workers-per-host, and give that step's --compute-ms and --gradient-mb; or give the recipe --device cpu."
