@@ -129,6 +129,21 @@ def test_a_bad_file_is_a_line_and_where_it_was_named_the_end(tmp_path):
     assert "is no file of hvdkit tune, as it is no JSON" in result.stderr
 
 
+@pytest.mark.parametrize("who", ["the file", "the user"])
+def test_a_reducer_is_a_wish_of_the_file_and_a_demand_of_the_user(tmp_path, who):
+    """Without MPI, as where mpi4py has gone since it was found."""
+    path, by_mpi = tmp_path / "tuned.json", {tuned.REDUCER: "mpi"}
+    tuned.write(path, tuned.Tuned(replace(JOB, mpi="none"), by_mpi, {}))
+    command = [ROOT / "recipes/linear_regression_torch.py", "-v", "--max-steps", "2", "--output", tmp_path / "run"]
+    environment = by_mpi if who == "the user" else {tuned.VARIABLE: str(path)}
+    result = launch(2, command, launcher="horovodrun-gloo", environment=environment, timeout=200)
+    assert (result.returncode == 0) == (who == "the file"), result.stdout + result.stderr
+    if who == "the file":
+        assert "HVDKIT_REDUCER=mpi: found by hvdkit tune" in result.stdout and "a step, by horovod" in result.stdout
+    else:
+        assert 'reducer="mpi" needs workers that were started by MPI' in result.stderr
+
+
 @pytest.mark.parametrize("framework", ["torch", "tensorflow", "keras"])
 def test_the_times_of_a_runs_steps(tmp_path, framework):
     path = tmp_path / "times.json"

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from toolkit.world import World
 
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
+_chosen: Mapping[str, str] = {}  # variables that tuning has set, as the user had not
 _explains = False
 _gpu: int | None = None  # this worker's, as its framework numbers them
 _uuid = ""  # the same GPU's; "" on the CPU
@@ -87,7 +88,7 @@ def start_horovod(
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
-    global _distributed, _batch_norms, _explains
+    global _distributed, _batch_norms, _explains, _chosen
     _distributed, _batch_norms = itertools.count(), itertools.count()  # workers that come to an elastic job begin at 0
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
@@ -107,6 +108,7 @@ def start_horovod(
     if deterministic:
         choices = tuning.with_determinism(choices)
     os.environ.update(choices.environment)
+    _chosen = choices.environment
     for name, value in tuning.stall_limits(stall_timeout).items():
         os.environ.setdefault(name, value)
     if groups > 1:  # one that is done early waits for the others as long as it takes
@@ -199,6 +201,11 @@ def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callab
     _reduces_on_gpu = why_not is None
     if hvd.size() > 1 and _gpu is not None and why_not and hvd.rank() == 0:
         print(f"gradients go through the host's memory: {why_not}", file=sys.stderr, flush=True)
+
+
+def is_users(variable: str) -> bool:
+    """Whether the user has set a variable, and no file of `hvdkit tune`, whose settings are wishes."""
+    return variable in os.environ and variable not in _chosen
 
 
 def has_gpu() -> bool:
