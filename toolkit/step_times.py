@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit import tuning
+from toolkit import tuned, tuning
 from toolkit.adapters import Adapter
 from toolkit.files import write_whole
 from toolkit.world import World
@@ -55,6 +56,9 @@ class StepTimes:
                 "workers": world.size * world.groups,
                 "local_workers": world.local_size,
                 "cores": tuning.host_cores(),
+                "device": "cpu" if world.device == "cpu" else "gpu",
+                "mpi": tuning.mpi_of(),
+                "options": tuned.options_of(sys.argv[1:]),
                 "by_mpi": tuning.is_slowed_down(),
                 "seconds": slowest.tolist(),
             }
@@ -67,6 +71,11 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> StepTimes | Non
     return StepTimes(Path(path)) if path else None
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What a run wrote; nothing where it wrote none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def seconds_of_steps(path: Path, warm_up: int) -> list[float]:
     """Seconds of each step, on its slowest rank, after the first `warm_up` of a run, from the file that it wrote."""
-    return json.loads(path.read_text())["seconds"][warm_up:]
+    return read(path)["seconds"][warm_up:]

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class Recipe:
                 found = json.loads(times.read_bytes())
             except OSError:
                 raise RunFailed("it left no times of its steps: it must train through toolkit.run.Run") from None
-        job = Job(found["framework"], found["workers"], found["local_workers"], found["cores"])
+        job = Job(**{each.name: found[each.name] for each in fields(Job)})
         by_mpi = found["by_mpi"] and "HOROVOD_CYCLE_TIME" not in environment  # else the cycle tells nothing
         return Measured(found["name"], job, np.array(found["seconds"]), by_mpi)
 
@@ -261,9 +261,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--settings", type=_settings, default=SETTINGS, metavar="NAMES", help=f"default: {','.join(SETTINGS)}"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: runs/<script>.tuned-np<N>.json, where runs look for it"
-    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: one in runs/ that runs look for")
     parser.add_argument(
         "command", nargs="+", metavar="-- python recipe.py …", help="the recipe's command for one worker"
     )
@@ -382,7 +380,7 @@ def _tell(
         f"{100 * (1 - gain.high):.1f} to {100 * (1 - gain.low):.1f} %, {gain.pairs} fresh pairs): "
         f"{before:.3g} ms before, {after:.3g} ms with {' '.join(f'{n}={v}' for n, v in found.items())}"
     )
-    path = options.output or tuned.path_for(first.name, first.job.workers)
+    path = options.output or tuned.path_for(first.name, first.job)
     tuned.write(path, tuned.Tuned(first.job, found, _more(options, search, gain)))
     single = first.job.local_workers == first.job.workers and options.output is None
     print(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,15 @@ ACCEPTED = {
     tuning.AFFINITY: "[01]",
     REDUCER: "auto|horovod|mpi",
 }
-_FORMAT = 1
+_FORMAT = 2
+# Options of recipes that are no matter to a step's time; the device is told by itself.
+_NO_MATTER = (
+    *("--output", "--resume", "--keep", "--checkpoint-every", "--checkpoint-steps", "--commit-steps", "--print-every"),
+    *("--epochs", "--max-steps", "--seed", "--learning-rate", "--warmup-epochs", "--check-sync", "--audit", "--on-nan"),
+    *("--stall-timeout", "--device", "--share-gpus", "--verbose", "-v"),
+)
+_TEXTS = {"framework": "framework", "device": "device", "mpi": "MPI", "options": "options"}
+_COUNTS = {"workers": "worker(s)", "local_workers": "worker(s) a host", "cores": "core(s) a host"}
 _LONGEST = 1 << 16  # bytes; such a file has a thousand
 
 
@@ -42,12 +51,18 @@ class Job:
         workers: of the whole job.
         local_workers: on each host.
         cores: that the workers of a host may use together.
+        device: cpu or gpu.
+        mpi: as `tuning.mpi_of` tells it.
+        options: the script's, as `options_of` has them.
     """
 
     framework: str
     workers: int
     local_workers: int
     cores: int
+    device: str = "cpu"
+    mpi: str = ""
+    options: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,9 +80,22 @@ class Tuned:
     more: Mapping[str, Any]
 
 
-def path_for(script: str, workers: int) -> Path:
-    """Where the file for a script on so many workers is, in the directory that it is run in."""
-    return Path("runs") / f"{script}.tuned-np{workers}.json"
+def options_of(arguments: Sequence[str]) -> str:
+    """A script's options that can be of matter to its speed, in an order of their own."""
+    found: list[list[str]] = [[]]
+    for word in arguments:
+        if word.startswith("--") or word == "-v":
+            found.append(word.split("=", 1))
+        else:
+            found[-1].append(word)
+    return " ".join(sorted(" ".join(words) for words in found if words and words[0] not in _NO_MATTER))
+
+
+def path_for(script: str, job: Job) -> Path:
+    """Where the file for a script is, in the directory that it is run in."""
+    digest = hashlib.blake2b(job.options.encode(errors="replace"), digest_size=4).hexdigest()
+    options = f"-{digest}" if job.options else ""
+    return Path("runs") / f"{script}.tuned-{job.framework}-np{job.workers}{options}.json"
 
 
 def write(path: Path, tuned: Tuned) -> None:
@@ -99,10 +127,12 @@ def read(path: Path) -> Tuned:
     if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
         raise _bad(path, f'it has no "format": {_FORMAT}')
     job, environment = found.pop("job", None), found.pop("environment", None)
-    counts = ("workers", "local_workers", "cores")
-    if not isinstance(job, dict) or job.keys() != {"framework", *counts}:
+    if not isinstance(job, dict) or job.keys() != {*_TEXTS, *_COUNTS}:
         raise _bad(path, f"its job is {_shown(job)}")
-    for name in counts:
+    for name in _TEXTS:
+        if not isinstance(job[name], str):
+            raise _bad(path, f"its {name} is {_shown(job[name])}")
+    for name in _COUNTS:
         if type(job[name]) is not int or job[name] < 1:
             raise _bad(path, f"its {name} is {_shown(job[name])}")
     if not isinstance(environment, dict):
@@ -116,7 +146,7 @@ def read(path: Path) -> Tuned:
 
 
 def take_up(
-    script: str, framework: str, launched: World, environ: Mapping[str, str] = os.environ
+    script: str, here: Job, launched: World, environ: Mapping[str, str] = os.environ
 ) -> tuple[Path | None, Mapping[str, str], str]:
     """What an earlier `hvdkit tune` has found for a job like this one.
 
@@ -125,8 +155,8 @@ def take_up(
 
     Args:
         script: the running script's name.
-        framework: torch or tensorflow.
-        launched: the job, as the launcher tells it.
+        here: this job.
+        launched: this worker, as the launcher tells it.
         environ: the environment.
 
     Returns:
@@ -139,7 +169,7 @@ def take_up(
     several = launched.local_size != launched.size
     if named == "" or (named is None and several):
         return None, {}, ""
-    path = Path(named) if named else path_for(script, launched.size)
+    path = Path(named) if named else path_for(script, here)
     if named is None and not os.path.lexists(path):
         return None, {}, ""
     try:
@@ -150,7 +180,6 @@ def take_up(
         if launched.rank == 0:
             say(f"warning: {error}")
         return path, {}, f"{path} left alone: it can't be used"
-    here = Job(framework, launched.size, launched.local_size, tuning.host_cores())
     different = _difference(tuned.job, here)
     if different and several:
         raise UsageError(f"{path} is for {different}: take its name out of {VARIABLE}, or run hvdkit tune again.")
@@ -161,10 +190,11 @@ def take_up(
 
 def _difference(theirs: Job, ours: Job) -> str:
     """In what a file's job is another than this one; empty: in nothing."""
-    if theirs.framework != ours.framework:
-        return f"{_shown(theirs.framework)}, and this job has {ours.framework}"
-    counts = {"workers": "worker(s)", "local_workers": "worker(s) a host", "cores": "core(s) a host"}
-    for name, unit in counts.items():
+    for name, word in _TEXTS.items():
+        a, b = getattr(theirs, name), getattr(ours, name)
+        if a != b:
+            return f"{word} {_shown(a)}, and this job has {_shown(b)}"
+    for name, unit in _COUNTS.items():
         a, b = getattr(theirs, name), getattr(ours, name)
         if a != b:
             return f"{a} {unit}, and this job has {b}"

@@ -43,7 +43,7 @@ class Choices:
 
     Attributes:
         threads: compute threads for this process's framework; None leaves the framework's own choice.
-        cores: numbers of the cores to keep this process to; None: those that it has.
+        cores: numbers of the logical CPUs to keep this process to; None: those that it has.
         environment: variables to set before MPI and Horovod are initialised.
         reasons: one line for each choice.
     """
@@ -58,26 +58,46 @@ class Choices:
         return "\n".join(f"tuning: {reason}" for reason in self.reasons) or "tuning: off"
 
 
+def physical_cores(cpus: Collection[int], root: Path = Path("/")) -> list[tuple[int, ...]]:
+    """These logical CPUs core by core, as several may be hardware threads of one (SMT), whose arithmetic they share.
+
+    Where the kernel does not tell, each is a core. Source: its ABI/stable/sysfs-devices-system-cpu,
+    thread_siblings_list.
+
+    Args:
+        cpus: numbers as the kernel has them.
+        root: where /sys is.
+    """
+    found: dict[str, list[int]] = {}
+    for cpu in sorted(cpus):
+        siblings = str(cpu)
+        with contextlib.suppress(OSError):
+            siblings = (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        found.setdefault(siblings, []).append(cpu)
+    return [tuple(threads) for threads in found.values()]
+
+
 def usable_cores(root: Path = Path("/")) -> int:
-    """The cores that this process may use: those of its affinity, or fewer where its control groups have a quota."""
-    return _within_quota(len(os.sched_getaffinity(0)), root)
+    """The physical cores that this process may use: by its affinity, or fewer where its control groups have a quota."""
+    return _within_quota(len(physical_cores(os.sched_getaffinity(0), root)), root)
 
 
 def host_cores(root: Path = Path("/")) -> int:
-    """The cores that all workers of this host may use together.
+    """The physical cores that all workers of this host may use together.
 
     They are this process's, unless its launcher has bound it to a part of them: then they are the launcher's.
     """
-    return _within_quota(max(len(os.sched_getaffinity(0)), len(_of_launcher(root))), root)
+    every = (os.sched_getaffinity(0), _of_launcher(root))
+    return _within_quota(max(len(physical_cores(cpus, root)) for cpus in every), root)
 
 
 def is_bound(root: Path = Path("/")) -> bool:
-    """Whether the launcher has bound this process to a part of the cores that it has itself."""
+    """Whether the launcher has bound this process to a part of the CPUs that it has itself."""
     return os.sched_getaffinity(0) < _of_launcher(root)
 
 
 def _of_launcher(root: Path) -> set[int]:
-    """The cores of the process that started this one; none where it lives in other control groups than this one."""
+    """The CPUs of the process that started this one; none where it lives in other control groups than this one."""
     parent = os.getppid()
     with contextlib.suppress(OSError):  # such as one that has ended
         if (root / f"proc/{parent}/cgroup").read_bytes() == (root / "proc/self/cgroup").read_bytes():
@@ -144,8 +164,16 @@ def is_slowed_down(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("HOROVOD_CYCLE_TIME") == SLOW_CYCLE
 
 
+def what_is_set(names: Sequence[str], environ: Mapping[str, str] = os.environ) -> str:
+    """The first of these variables that is set, in words; empty: none is."""
+    return next((f"{name}={environ[name]} is set" for name in names if name in environ), "")
+
+
 def choose_environment(
-    environ: Mapping[str, str] = os.environ, tuned: Mapping[str, str] | None = None, source: str = ""
+    environ: Mapping[str, str] = os.environ,
+    tuned: Mapping[str, str] | None = None,
+    source: str = "",
+    users_threads: str = "",
 ) -> Choices:
     """Decide on the variables to set before MPI and Horovod start.
 
@@ -153,6 +181,7 @@ def choose_environment(
         environ: the environment, with the user's variables, which come first.
         tuned: what `hvdkit tune` has found for this job, which comes next.
         source: where that was read.
+        users_threads: as in `with_threads`.
     """
     wanted = dict(defaults(mpi_of(environ)))
     wanted.update({name: (value, f"found by hvdkit tune, in {source}") for name, value in (tuned or {}).items()})
@@ -161,7 +190,7 @@ def choose_environment(
     for name, (value, reason) in wanted.items():
         if name in environ:
             reasons.append(f"{name}={environ[name]} left alone: it is set")
-        elif name == THREADS and "OMP_NUM_THREADS" in environ:
+        elif name == THREADS and _threads_are_set(users_threads, environ):
             pass  # which `with_threads` leaves alone
         else:
             chosen[name] = value
@@ -224,6 +253,7 @@ def with_threads(
     environ: Mapping[str, str] = os.environ,
     cores: int | None = None,
     around: int | None = None,
+    users_threads: str = "",
 ) -> Choices:
     """Add the number of compute threads, once the number of workers on this host is known.
 
@@ -233,6 +263,7 @@ def with_threads(
         environ: the environment, with the user's variables.
         cores: that this process may use; None asks the operating system.
         around: cores that the host's workers may use together, at least `cores`; None asks the operating system.
+        users_threads: how the user has set the framework's own number of them, in words; empty: it is not set.
 
     Raises:
         UsageError: HVDKIT_THREADS is no number of threads.
@@ -242,14 +273,18 @@ def with_threads(
         if not re.fullmatch("[1-9][0-9]{0,3}", asked):
             raise UsageError(f"{THREADS} is {asked!r}: expected a number of threads, 1 to 9999.")
         return _with(choices, f"{asked} compute thread(s): {THREADS}", threads=int(asked))
-    if "OMP_NUM_THREADS" in environ:
-        return _with(choices, f"compute threads left alone: OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is set")
+    if why := _threads_are_set(users_threads, environ):
+        return _with(choices, f"compute threads left alone: {why}")
     own = usable_cores() if cores is None else cores
     available = max(own, host_cores() if around is None and cores is None else around or own)
     threads = max(1, min(own, available // local_size))
     bound = f", of which this one is bound to {own}" if own < available else ""
     reason = f"{threads} compute thread(s): {available} core(s) for {local_size} worker(s) on this host{bound}"
     return _with(choices, reason, threads=threads)
+
+
+def _threads_are_set(users_threads: str, environ: Mapping[str, str]) -> str:
+    return what_is_set(["OMP_NUM_THREADS"], environ) or users_threads
 
 
 def with_affinity(
@@ -259,8 +294,11 @@ def with_affinity(
     environ: Mapping[str, str] = os.environ,
     cores: Collection[int] | None = None,
     bound: bool | None = None,
+    root: Path = Path("/"),
 ) -> Choices:
-    """Add the cores that this process is kept to, where HVDKIT_AFFINITY=1 asks for it.
+    """Add the CPUs that this process is kept to, where HVDKIT_AFFINITY=1 asks for it: whole physical cores.
+
+    Where workers are more than cores, it is hardware threads, so that as few workers as can be share a core.
 
     It is not done of its own accord: two jobs on one machine would keep to the same cores, as neither knows of the
     other. With other jobs on 2 cores, 2 workers kept to a core each took 3.5 times as long a step (median of 5 pairs
@@ -271,8 +309,9 @@ def with_affinity(
         local_rank: this worker among those on its host, from 0.
         local_size: workers on this host.
         environ: the environment.
-        cores: numbers of those that this process may use; None asks the operating system.
+        cores: numbers of the logical CPUs that this process may use; None asks the operating system.
         bound: whether the launcher has chosen them; None asks the operating system.
+        root: where /sys is.
 
     Raises:
         UsageError: HVDKIT_AFFINITY is neither 0 nor 1.
@@ -287,8 +326,12 @@ def with_affinity(
         return _with(choices, f"cores left alone: the launcher has bound this worker to {_listed(allowed)}")
     if len(allowed) < local_size:
         return _with(choices, f"cores left alone: {len(allowed)} for {local_size} workers on this host")
-    mine = tuple(allowed[local_rank * len(allowed) // local_size : (local_rank + 1) * len(allowed) // local_size])
-    return _with(choices, f"kept to core(s) {_listed(mine)}: {AFFINITY}=1", cores=mine)
+    parts = physical_cores(allowed, root)
+    if len(parts) < local_size:
+        parts = [(cpu,) for threads in parts for cpu in threads]
+    of_mine = parts[local_rank * len(parts) // local_size : (local_rank + 1) * len(parts) // local_size]
+    mine = tuple(sorted(cpu for threads in of_mine for cpu in threads))
+    return _with(choices, f"kept to CPU(s) {_listed(mine)}: {AFFINITY}=1", cores=mine)
 
 
 def _with(choices: Choices, reason: str, **changes: Any) -> Choices:
@@ -296,6 +339,6 @@ def _with(choices: Choices, reason: str, **changes: Any) -> Choices:
 
 
 def _listed(cores: Sequence[int]) -> str:
-    """Numbers of cores in few words: 0-3, or 0,2,4."""
+    """Numbers of CPUs in few words: 0-3, or 0,2,4."""
     whole = len(cores) > 2 and cores[-1] - cores[0] == len(cores) - 1
     return f"{cores[0]}-{cores[-1]}" if whole else ",".join(map(str, cores))

@@ -36,7 +36,7 @@ def test_a_search_tells_its_ratios_and_writes_what_it_found_or_nothing(tmp_path)
     assert re.fullmatch(r"[\d.e+]+ ms a step, 40 steps a run of [\d.]+ s", runs)
     ratios = r"HOROVOD_CACHE_CAPACITY=0: (\d+\.\d\d ){2,8}of the time(, kept)?"
     assert re.fullmatch(ratios, candidates[0]), result.stdout
-    path = tmp_path / tuned.path_for("linear_regression_torch", 2)
+    path = tmp_path / tuned.path_for("linear_regression_torch", tuned.Job("torch", 2, 2, 1))
     if path.exists():  # by chance, or not
         assert end.startswith(f"wrote {path.relative_to(tmp_path)}; later runs") and "kept" in candidates[0]
         assert tuned.read(path).environment == {"HOROVOD_CACHE_CAPACITY": "0"}
@@ -69,7 +69,7 @@ def test_a_bad_setting_is_found_and_the_next_run_is_without_it(tmp_path):
     ).groups()
     assert float(low) <= float(gained) <= float(high) and float(low) > 10
     assert "unset HOROVOD_CYCLE_TIME: it is set in this environment, which comes first" in result.stdout
-    path = tuned.path_for("linear_regression_torch", 2)
+    path = tuned.path_for("linear_regression_torch", tuned.Job("torch", 2, 2, 1, options="--global-batch-size 40"))
     written = json.loads((tmp_path / path).read_text())
     assert float(written["environment"]["HOROVOD_CYCLE_TIME"]) <= 5
     assert written["gain"]["pairs"] >= 5 and written["gain"]["interval"][1] < 0.9

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +16,11 @@ OURS = {"HOROVOD_CYCLE_TIME": "0.2", YIELD: "1"}
 TUNED = {"HOROVOD_CYCLE_TIME": "100", tuning.THREADS: "3"}
 
 
-def keep(place, environment, cores=None):
-    job = tuned.Job("torch", 2, 2, cores or tuning.host_cores())
-    tuned.write(place / tuned.path_for("tuning_cases", 2), tuned.Tuned(job, environment, {}))
+JOB = tuned.Job("torch", 2, 2, tuning.host_cores(), "cpu", "Open MPI")
+
+
+def keep(place, environment, job=JOB):
+    tuned.write(place / tuned.path_for("tuning_cases", job), tuned.Tuned(job, environment, {}))
 
 
 def ranks(place, *arguments, environment=None, **more):
@@ -30,13 +33,13 @@ def ranks(place, *arguments, environment=None, **more):
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
 def test_later_runs_take_up_what_was_found(tmp_path, launcher):
-    keep(tmp_path, TUNED)
+    keep(tmp_path, TUNED, JOB if launcher == "mpirun" else replace(JOB, mpi="none"))
     found, printed = ranks(tmp_path, "-v", launcher=launcher)
     own = {YIELD: "1"} if launcher == "mpirun" else {}
     for rank in found:
         assert rank["environment"] == {**own, **TUNED} and rank["threads"] == 3
         assert rank["seconds"] > 0.25, "Horovod looks at its queue each 0.1 s, so 5 operations can't take less"
-    assert "HOROVOD_CYCLE_TIME=100: found by hvdkit tune, in runs/tuning_cases.tuned-np2.json" in printed
+    assert "HOROVOD_CYCLE_TIME=100: found by hvdkit tune, in runs/tuning_cases.tuned-torch-np2.json" in printed
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs 2 cores")
@@ -44,7 +47,7 @@ def test_each_rank_keeps_to_its_own_cores(tmp_path):
     found, printed = ranks(tmp_path, "-v", environment={tuning.AFFINITY: "1"})
     parts = [rank["cores"] for rank in found]
     assert sorted(parts[0] + parts[1]) == CORES and all(parts)
-    assert "kept to core(s)" in printed and "HVDKIT_AFFINITY=1" in printed
+    assert "kept to CPU(s)" in printed and "HVDKIT_AFFINITY=1" in printed
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs 2 cores")
@@ -57,7 +60,7 @@ def test_ranks_that_the_launcher_has_bound_stay_where_they_are(tmp_path):
 
 
 LEFT_ALONE = {
-    "another machine": ({}, ["-v"], "runs/tuning_cases.tuned-np2.json left alone: it is for 999 core(s) a host"),
+    "another machine": ({}, ["-v"], "runs/tuning_cases.tuned-torch-np2.json left alone: it is for 999 core(s) a host"),
     "--no-tuning": ({}, ["-v", "--no-tuning"], "tuning: off"),
     "HVDKIT_TUNED is empty": ({tuned.VARIABLE: ""}, ["-v"], "HOROVOD_CYCLE_TIME=0.2: "),
     "the user's word": ({"HOROVOD_CYCLE_TIME": "0.3", "OMP_NUM_THREADS": "2"}, ["-v"], "=0.3 left alone: it is set"),
@@ -67,7 +70,7 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("why", LEFT_ALONE)
 def test_what_was_found_is_left_alone(tmp_path, why):
     environment, arguments, told = LEFT_ALONE[why]
-    keep(tmp_path, TUNED, 999 if why == "another machine" else None)
+    keep(tmp_path, TUNED, replace(JOB, cores=999) if why == "another machine" else JOB)
     found, printed = ranks(tmp_path, *arguments, environment=environment)
     assert told in printed, printed
     users = {name: environment[name] for name in environment if name in tuned.ACCEPTED}
@@ -76,8 +79,45 @@ def test_what_was_found_is_left_alone(tmp_path, why):
         assert rank["threads"] != 3
 
 
+SHARE = max(1, tuning.host_cores())  # of the one rank
+# TensorFlow's 0 is its own choice, for which it reads its variables.
+THREADS = {
+    "nothing, torch": (["torch"], {}, [SHARE], "compute thread(s): "),
+    "a call, torch": (["torch", "7"], {}, [7], "left alone: torch.set_num_threads(7) was called"),
+    "MKL": (["torch"], {"MKL_NUM_THREADS": "1"}, [1], "left alone: MKL_NUM_THREADS=1 is set"),
+    "nothing, TensorFlow": (["tensorflow"], {}, [SHARE, max(2, SHARE)], "compute thread(s): "),
+    "a call, TensorFlow": (["tensorflow", "7", "5"], {}, [7, 5], "left alone: tf.config.threading has 7"),
+    "variables": (
+        ["tensorflow"],
+        {"TF_NUM_INTRAOP_THREADS": "7", "TF_NUM_INTEROP_THREADS": "5"},
+        [0, 0],
+        "compute threads left alone: TF_NUM_INTRAOP_THREADS=7 is set",
+    ),
+    "between operations": (
+        ["tensorflow"],
+        {"TF_NUM_INTEROP_THREADS": "5"},
+        [SHARE, 0],
+        "threads for independent operations left alone: TF_NUM_INTEROP_THREADS=5 is set",
+    ),
+    "ours comes first": (
+        ["tensorflow", "7", "5"],
+        {tuning.THREADS: "3"},
+        [3, 5],
+        "3 compute thread(s): HVDKIT_THREADS",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", THREADS)
+def test_threads_that_the_user_set_are_left_alone(how):
+    arguments, environment, threads, told = THREADS[how]
+    result = launch(1, [WORKERS / "threads_cases.py", *arguments], launcher="none", environment=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"FOUND {' '.join(map(str, threads))}\n" in result.stdout and told in result.stdout, result.stdout
+
+
 def test_a_bad_file_is_a_line_and_where_it_was_named_the_end(tmp_path):
-    path = tmp_path / tuned.path_for("tuning_cases", 2)
+    path = tmp_path / tuned.path_for("tuning_cases", JOB)
     path.parent.mkdir()
     path.write_text('{"format": 1')
     found, printed = ranks(tmp_path)
@@ -87,6 +127,21 @@ def test_a_bad_file_is_a_line_and_where_it_was_named_the_end(tmp_path):
     result = launch(2, [WORKERS / "tuning_cases.py"], cwd=tmp_path, environment=named, timeout=120)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "is no file of hvdkit tune, as it is no JSON" in result.stderr
+
+
+@pytest.mark.parametrize("who", ["the file", "the user"])
+def test_a_reducer_is_a_wish_of_the_file_and_a_demand_of_the_user(tmp_path, who):
+    """Without MPI, as where mpi4py has gone since it was found."""
+    path, by_mpi = tmp_path / "tuned.json", {tuned.REDUCER: "mpi"}
+    tuned.write(path, tuned.Tuned(replace(JOB, mpi="none"), by_mpi, {}))
+    command = [ROOT / "recipes/linear_regression_torch.py", "-v", "--max-steps", "2", "--output", tmp_path / "run"]
+    environment = by_mpi if who == "the user" else {tuned.VARIABLE: str(path)}
+    result = launch(2, command, launcher="horovodrun-gloo", environment=environment, timeout=200)
+    assert (result.returncode == 0) == (who == "the file"), result.stdout + result.stderr
+    if who == "the file":
+        assert "HVDKIT_REDUCER=mpi: found by hvdkit tune" in result.stdout and "a step, by horovod" in result.stdout
+    else:
+        assert 'reducer="mpi" needs workers that were started by MPI' in result.stderr
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow", "keras"])
@@ -100,4 +155,5 @@ def test_the_times_of_a_runs_steps(tmp_path, framework):
     assert len(found["seconds"]) == 9 and min(found["seconds"]) > 0
     assert (found["name"], found["workers"], found["local_workers"]) == (f"linear_regression_{framework}", 2, 2)
     assert found["framework"] == ("torch" if framework == "torch" else "tensorflow")
-    assert found["cores"] == tuning.host_cores()
+    assert found["cores"] == tuning.host_cores() and (found["device"], found["mpi"]) == ("cpu", "Open MPI")
+    assert found["options"] == "--global-batch-size 100"

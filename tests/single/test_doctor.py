@@ -97,7 +97,7 @@ def test_facts_of_another_form_are_refused(facts):
 def test_our_own_facts_are_accepted_and_alike():
     checks = hosts.judge(HERE, json.loads(json.dumps(HERE)), "a", 1)
     assert [check.ok for check in checks[:5]] == [True] * 5
-    assert HERE["cores"] == [len(os.sched_getaffinity(0)), tuning.usable_cores()]
+    assert HERE["cores"] == [len(tuning.physical_cores(os.sched_getaffinity(0))), tuning.usable_cores()]
 
 
 def test_the_probe_runs_on_old_pythons_without_packages():

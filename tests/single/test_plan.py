@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from tests import message_simulation as simulation
 from tests.benchmarks import published
+from toolkit import compression
 from toolkit.cli import main
 from toolkit.errors import UsageError
-from toolkit.plan import cost, step
+from toolkit.plan import cost, measure, step
 from toolkit.plan.cost import Link, Links
 from toolkit.plan.schemes import Compression, Gradients
 from toolkit.plan.step import Compute, Training
@@ -123,15 +125,65 @@ def test_agreement_is_of_each_operation():
         assert found - alone == pytest.approx(operations * 8e-3)
 
 
-def test_bytes_of_compressions():
-    shapes = [(100, 50), (64, 3, 3, 3), (10,), (2, 2)]
-    gradients = Gradients.of(shapes)
-    values = 5000 + 64 * 27 + 10 + 4
+class Recorder:
+    """A wire to workers that hold what this one holds; it notes the operations and their bytes."""
+
+    def __init__(self, size):
+        self.rank, self.size, self.calls = 0, size, []
+
+    def sum(self, array):
+        self.calls.append(("sum", array.nbytes))
+        array *= self.size
+
+    def all_to_all(self, send, received):
+        self.calls.append(("all_to_all", send.nbytes))
+        received[...] = send
+
+    def all_gather(self, send, received):
+        self.calls.append(("all_gather", send.nbytes))
+        received[...] = send
+
+
+SHAPES = [(256, 256), (256,), (3, 3, 64, 96), (96,)]
+
+
+@pytest.mark.parametrize("all_reduce", cost.ALL_REDUCES)
+@pytest.mark.parametrize("name", compression.NAMES)
+def test_an_exchange_is_planned_as_the_compression_makes_it(name, all_reduce):
+    """The operations that a step of the compression makes, each by its formula, are the planned ones."""
+    links, workers, gradients = Links(Link(20e-6, 3.2e-10, agreement=1e-4), LOCAL, 8), 64, Gradients.of(SHAPES)
+    wire = Recorder(workers)
+    values = np.random.default_rng(0).standard_normal(int(gradients.size / 4), np.float32)
+    compression.make(name, SHAPES).average(values, wire)
+    made = {
+        "sum": lambda size: cost.ALL_REDUCES[all_reduce](links, workers, size).seconds,
+        "all_to_all": lambda size: cost.all_to_all(links, workers, size),
+        "all_gather": lambda size: cost.all_gather(links, workers, size),
+    }
+    seconds = sum(links.agreement(workers) + made[operation](size) for operation, size in wire.calls)
+    scheme = Compression(name)
+    planned = scheme.exchange(all_reduce, links, workers, scheme.size(gradients)).seconds
+    assert planned == pytest.approx(seconds, rel=0.05), wire.calls  # halves of PowerSGD's are not alike
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrix"),
+    [((100, 50), 150), ((64, 3, 3, 3), 64 + 27), ((3, 3, 512, 512), 3 * 3 * 512 + 512), ((5, 5, 1, 200), 25 + 200)],
+)
+def test_bytes_of_compressions(shape, matrix):
+    """Kernels as torch has them (out, in, height, width), and as Keras has (height, width, in, out)."""
+    gradients = Gradients.of([shape, (10,), (2, 2)])
+    values = math.prod(shape) + 14
     assert gradients.size == 4 * values
     sizes = {name: Compression(name, rank=2).size(gradients) for name in ("none", "fp16", "bf16", "int8", "topk")}
-    assert sizes == {"none": 4 * values, "fp16": 2 * values, "bf16": 2 * values, "int8": values, "topk": 0.08 * values}
-    assert Compression("powersgd", rank=2).size(gradients) == 4 * (2 * 150 + 2 * (64 + 27) + 10 + 4)
-    assert Compression("powersgd").size(Gradients(1e6)) is None
+    expected = {"none": 4 * values, "fp16": 2 * values, "bf16": 2 * values, "int8": values, "topk": 0.08 * values}
+    assert sizes == {name: pytest.approx(size, abs=40) for name, size in expected.items()}, "scales, and rounding"
+    assert Compression("powersgd", rank=2).size(gradients) == 4 * (2 * matrix + 14)
+
+
+def test_bytes_of_gradients_whose_shapes_are_not_known():
+    sizes = {name: Compression(name).size(Gradients(1e6)) for name in compression.NAMES}
+    assert sizes == {"none": 1e6, "fp16": 5e5, "bf16": 5e5, "int8": 2.5e5, "topk": 2e4, "powersgd": None}
 
 
 def test_strong_scaling_waits_for_the_largest_part():
@@ -155,18 +207,27 @@ def test_a_compression_is_worth_what_it_saves():
 @pytest.mark.parametrize(("workers", "on_host"), [(2, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("name", ["fp16", "int8", "topk"])
 def test_below_its_break_even_a_compression_pays_and_above_it_does_not(name, workers, on_host):
-    local, compression = Link(2e-6, 1e-10), Compression(name, 0.02)
+    local, scheme = Link(2e-6, 1e-10), Compression(name, 0.02)
 
     def training(rate):
         return Training(Compute(0.1, 32), Gradients(100e6), Links(Link.of(20e-6, rate), local, on_host))
 
-    limit = training(1e9).pays_below(workers, compression)
+    limit = training(1e9).pays_below(workers, scheme)
     for rate, pays in ((0.99 * limit, True), (1.01 * limit, False)):
-        steps = training(rate).best(workers), training(rate).best(workers, compression=compression)
+        steps = training(rate).best(workers), training(rate).best(workers, compression=scheme)
         assert (steps[1].seconds < steps[0].seconds) == pays
     assert training(1e9).pays_below(workers, Compression(name, 1e9)) == 0
     if (name, workers) == ("fp16", 2):  # by hand: half the bytes spared, for 20 ms
         assert limit == pytest.approx(8 * 50e6 / 0.02, rel=1e-3)
+
+
+def test_what_each_worker_sends_to_each_leaves_a_full_host_by_one_link():
+    """By hand, many hosts of 8 at 1 GB/s, 1 GB of gradients: as 16 bits 4 s to the owners, and half of one around."""
+    fast = Link(0.0, 1e-15)
+    training = Training(Compute(0.1, 32), Gradients(1e9), Links(Link(0.0, 1e-9), fast, 8))
+    fp16, none = (training.best(8192, compression=Compression(name)).seconds - 0.1 for name in ("fp16", "none"))
+    assert fp16 == pytest.approx(4.5, rel=0.01) and none == pytest.approx(2.0, rel=0.01)
+    assert training.pays_below(8192, Compression("fp16")) == 0
 
 
 def test_counts_fill_hosts():
@@ -210,13 +271,71 @@ def test_a_compression_that_is_told_its_cost(capsys):
     out = told(capsys, *ALL_TOLD, "--compression-ms", "fp16=1", "--compression-ms", "int8=500")
     assert "fp16 saves" in out and "int8 loses" in out and "bf16 if it costs less than" in out
     (line,) = [line for line in out.splitlines() if line.startswith("Between hosts it pays on 2 workers")]
-    assert line.endswith("fp16 below 4e+02 Gbit/s, int8 below 1.2 Gbit/s.")
+    assert line.endswith("fp16 below 3.9e+02 Gbit/s, int8 below 1.2 Gbit/s.")
 
 
 def test_one_step_of_a_fixed_batch(capsys):
     out = told(capsys, *ALL_TOLD, "--scaling", "strong", "--batch", "64", "--max-workers", "4")
     assert "64 samples over all workers" in out
     assert [row.split()[1] for row in out.splitlines() if row.split()[:1] == ["4"]][0] == "25"
+
+
+@pytest.fixture
+def links_of_memory(monkeypatch):
+    """In place of measuring: 1 µs and 50 Gbit/s, wherever."""
+    found = measure.Between(Link.of(1e-6, 50e9), measure.Spread(1e-3, 1e-3, 1e-3), 4_000_000, 1e-6, "mpi")
+    monkeypatch.setattr(measure, "between", lambda *_: found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the latency and rate between hosts is that of the memory of this machine. "),
+        (["--gbit", "25"], "the latency between hosts is that of the memory of this machine. "),
+        (["-H", "node1:4"], "the latency and rate between hosts is that of the memory of node1. "),
+        (["--gbit", "25", "--latency-us", "20"], ""),
+        (["-H", "node1:4,node2:4"], ""),
+        (["--workers-per-host", "8", "--max-workers", "8"], ""),
+    ],
+)
+def test_memory_that_stands_for_a_network_is_told_with_the_verdict(arguments, said, links_of_memory, capsys):
+    out = told(capsys, "--compute-ms", "100", "--gradient-mb", "100", "--max-workers", "16", *arguments)
+    last = out.splitlines()[-1]
+    assert last.startswith("For a network this is no plan: ") == bool(said) and said in last
+    assert ("in its memory in place of a network" in out) == (bool(said) or "8" in arguments)
+
+
+RECIPE_ON_GPU = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+from toolkit import checkpoint, step_times
+
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+steps = int(given.get("--max-steps", 20))
+state = {"model/w": np.full((3, 2), steps, np.float32)}
+checkpoint.write(Path(given["--output"]), steps, state, {"global_batch_size": 4, "framework": "torch"}, 1)
+times = {"seconds": [0.01] * steps, "device": "gpu"}
+Path(os.environ[step_times.VARIABLE]).write_text(json.dumps(times))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "links are measured between CPUs alone: give --latency-us and --gbit, or"),
+        (["--workers-per-host", "2"], "which 2 at a time would share: measure it without --workers-per-host"),
+    ],
+)
+def test_what_is_not_measured_on_gpus_is_refused(arguments, text, tmp_path, capsys):
+    script = tmp_path / "recipe.py"
+    script.write_text(RECIPE_ON_GPU)
+    command = ["--steps", "5", "--scaling", "weak", *arguments, "--", sys.executable, str(script)]
+    assert main(["plan", *command]) == 2
+    said = capsys.readouterr()
+    assert text in said.err and said.err.count("\n") == 1, said.err
+    if not arguments:
+        assert "workers pay" in told(capsys, "--latency-us", "2", "--gbit", "100", *command)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,44 @@ def test_each_worker_has_a_part_of_the_cores_to_itself(cores, local_size, blocks
         assert tuning.with_affinity(Choices(), 0, local_size, environ, cores, bound=False) == Choices()
 
 
+@pytest.fixture
+def two_threads_a_core(tmp_path):
+    """Eight logical CPUs as the kernel usually numbers them: CPU c and c + 4 are core c's."""
+    for cpu in range(8):
+        place = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        place.mkdir(parents=True)
+        (place / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cores"),
+    [
+        (range(8), [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ([1, 2, 5], [(1, 5), (2,)]),
+        ([0, 8, 9], [(0,), (8,), (9,)]),  # of which the kernel does not tell
+    ],
+)
+def test_hardware_threads_of_one_core_are_one_core(two_threads_a_core, cpus, cores, monkeypatch):
+    assert tuning.physical_cores(cpus, two_threads_a_core) == cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(cpus))
+    assert tuning.usable_cores(two_threads_a_core) == tuning.host_cores(two_threads_a_core) == len(cores)
+
+
+@pytest.mark.parametrize(
+    ("local_size", "parts"),
+    [
+        (1, [tuple(range(8))]),
+        (2, [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        (4, [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        (8, [(0,), (4,), (1,), (5,), (2,), (6,), (3,), (7,)]),
+    ],
+)
+def test_workers_do_not_share_a_core_where_there_is_one_for_each(two_threads_a_core, local_size, parts):
+    given = {"environ": {AFFINITY: "1"}, "cores": range(8), "bound": False, "root": two_threads_a_core}
+    assert [tuning.with_affinity(Choices(), r, local_size, **given).cores for r in range(local_size)] == parts
+
+
 def test_a_worker_that_its_launcher_has_bound_stays_there():
     found = tuning.with_affinity(Choices(), 1, 2, {AFFINITY: "1"}, [2, 3], bound=True)
     assert found.cores is None and "the launcher has bound this worker to 2,3" in found.explain()
@@ -128,76 +167,109 @@ def test_what_was_found_comes_after_the_users_word_and_before_our_own():
     assert dict(chosen.environment) == {"HOROVOD_CYCLE_TIME": "5", AFFINITY: "1"}
     assert "HOROVOD_CYCLE_TIME=5: found by hvdkit tune, in a file" in chosen.explain()
     assert "OMP_NUM_THREADS=7 is set" in tuning.with_threads(chosen, 2, environ, 8).explain()
+    assert THREADS in tuning.choose_environment(OPEN_MPI, found, "a file").environment
+    assert THREADS not in tuning.choose_environment(OPEN_MPI, found, "a file", "a call was made").environment
+    left = tuning.with_threads(chosen, 2, {}, 8, users_threads="a call was made")
+    assert left.threads is None and "left alone: a call was made" in left.explain()
 
 
-HERE = tuned.Job("torch", 2, 2, 2)
+HERE = tuned.Job("torch", 2, 2, 2, "cpu", "Open MPI", "--model resnet50")
 GOOD = tuned.Tuned(HERE, {"HOROVOD_CYCLE_TIME": "0.5", tuned.REDUCER: "mpi"}, {"command": "python x.py"})
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tuning, "host_cores", lambda: 2)
-    return tuned.path_for("x", 2)
+    return tuned.path_for("x", HERE)
+
+
+def take_up(script="x", job=HERE, environ=None, rank=0):
+    return tuned.take_up(
+        script, job, World(rank, job.workers, rank % job.local_workers, job.local_workers), environ or {}
+    )
 
 
 def test_a_file_is_read_as_it_was_written(place):
     tuned.write(place, GOOD)
     assert tuned.read(place) == GOOD
-    assert tuned.take_up("x", "torch", World(1, 2, 1, 2), {}) == (place, GOOD.environment, "")
+    assert take_up(rank=1) == (place, GOOD.environment, "")
+
+
+NOT_FOUND = {
+    "another script": ("y", {}, {}),
+    "none is wanted": ("x", {}, {tuned.VARIABLE: ""}),
+    "another number of workers": ("x", {"workers": 1, "local_workers": 1}, {}),
+    "another framework or backend": ("x", {"framework": "tensorflow"}, {}),
+    "another model": ("x", {"options": "--model transformer"}, {}),
+    "two hosts, which may have different files": ("x", {"local_workers": 1}, {}),
+}
+
+
+@pytest.mark.parametrize("why", NOT_FOUND)
+def test_a_file_of_another_job_is_not_found(place, why):
+    script, changes, environ = NOT_FOUND[why]
+    tuned.write(place, GOOD)
+    assert take_up(script, replace(HERE, **changes), environ) == (None, {}, "")
 
 
 @pytest.mark.parametrize(
-    ("script", "framework", "world", "environ", "why_not"),
+    ("changes", "why_not"),
     [
-        ("y", "torch", World(0, 2, 0, 2), {}, ""),
-        ("x", "torch", World(0, 2, 0, 2), {tuned.VARIABLE: ""}, ""),
-        ("x", "torch", World(0, 1, 0, 1), {}, ""),
-        ("x", "tensorflow", World(0, 2, 0, 2), {}, "it is for 'torch', and this job has tensorflow"),
-        ("x", "torch", World(0, 2, 0, 1), {}, ""),  # two hosts, which may have different files
-        ("x", "torch", World(0, 3, 0, 3), "named", "it is for 2 worker(s), and this job has 3"),
+        ({"cores": 64}, "2 core(s) a host, and this job has 64"),
+        ({"mpi": "none"}, "MPI 'Open MPI', and this job has 'none'"),
+        ({"device": "gpu"}, "device 'cpu', and this job has 'gpu'"),
+        ({"framework": "tensorflow"}, "framework 'torch', and this job has 'tensorflow'"),
+        ({"options": ""}, "options '--model resnet50', and this job has ''"),
+        ({"workers": 3, "local_workers": 3}, "2 worker(s), and this job has 3"),
     ],
 )
-def test_a_file_for_another_job_is_left_alone(place, script, framework, world, environ, why_not):
+def test_a_file_for_another_job_is_left_alone(place, changes, why_not):
     tuned.write(place, GOOD)
-    environ = {tuned.VARIABLE: str(place)} if environ == "named" else environ
-    path, environment, told = tuned.take_up(script, framework, world, environ)
-    assert environment == {} and why_not in told and bool(told) == bool(why_not)
-    assert path == (place if why_not else None)
+    found = take_up(job=replace(HERE, **changes), environ={tuned.VARIABLE: str(place)})
+    assert found == (place, {}, f"{place} left alone: it is for {why_not}")
+    if changes.keys() & {"cores", "mpi", "device"}:  # of which there are no files beside each other
+        assert take_up(job=replace(HERE, **changes)) == found
 
 
-def test_another_machines_file_is_left_alone(place, monkeypatch):
-    tuned.write(place, GOOD)
-    monkeypatch.setattr(tuning, "host_cores", lambda: 64)
-    found = tuned.take_up("x", "torch", World(0, 2, 0, 2), {})
-    assert found == (place, {}, f"{place} left alone: it is for 2 core(s) a host, and this job has 64")
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ("", ""),
+        ("--epochs 3 --seed=4 -v --resume --output runs/x --learning-rate -1", ""),
+        ("--size full --model=resnet50 --epochs=3", "--model resnet50 --size full"),
+        ("--model resnet50 -v --compile --size full", "--compile --model resnet50 --size full"),
+        ("data.csv --max-steps 10 --check-sync 0 --checkpoint-every 10", "data.csv"),
+    ],
+)
+def test_options_of_no_matter_to_the_speed_do_not_tell_jobs_apart(arguments, options):
+    assert tuned.options_of(arguments.split()) == options
 
 
-def test_on_several_hosts_a_named_file_must_fit_on_each(place, monkeypatch):
-    job = tuned.Job("torch", 4, 2, 2)
+def test_on_several_hosts_a_named_file_must_fit_on_each(place):
+    job = replace(HERE, workers=4)
     tuned.write(place, tuned.Tuned(job, GOOD.environment, {}))
-    environ, world = {tuned.VARIABLE: str(place)}, World(3, 4, 1, 2)
-    assert tuned.take_up("x", "torch", world, environ)[1] == GOOD.environment
-    monkeypatch.setattr(tuning, "host_cores", lambda: 8)  # of this host; the others have taken it up
+    environ = {tuned.VARIABLE: str(place)}
+    assert take_up(job=job, environ=environ, rank=3)[1] == GOOD.environment
     with pytest.raises(UsageError, match=r"is for 2 core\(s\) a host, and this job has 8: "):
-        tuned.take_up("x", "torch", world, environ)
+        take_up(job=replace(job, cores=8), environ=environ, rank=3)  # of this host; the others have taken it up
 
 
 def changed(**changes):
-    content = {"format": 1, "job": {"framework": "torch", "workers": 2, "local_workers": 2, "cores": 2}}
-    return json.dumps({**content, "environment": {}, **changes}).encode()
+    content = {"format": 2, "job": asdict(HERE), "environment": {}}
+    return json.dumps({**content, **changes}).encode()
 
 
 BAD = {
     b"": "it is no JSON",
     b"\xff\x00": "it is no JSON",
     b"[" * 50_000: "it is no JSON",
-    b'{"format": 1}' + b" " * 70_000: "its job is None",
-    b"[]": 'it has no "format": 1',
-    changed(format=2): 'it has no "format": 1',
+    b'{"format": 2}' + b" " * 70_000: "its job is None",
+    b"[]": 'it has no "format": 2',
+    changed(format=1): 'it has no "format": 2',
     changed(job={"workers": 2}): "its job is",
-    changed(job={"framework": "torch", "workers": 0, "local_workers": 2, "cores": 2}): "its workers is 0",
-    changed(job={"framework": "torch", "workers": 2, "local_workers": True, "cores": 2}): "its local_workers is True",
+    changed(job={**asdict(HERE), "workers": 0}): "its workers is 0",
+    changed(job={**asdict(HERE), "local_workers": True}): "its local_workers is True",
+    changed(job={**asdict(HERE), "device": ["gpu"]}): "its device is ['gpu']",
     changed(environment=["HOROVOD_CYCLE_TIME"]): "its environment is",
     changed(environment={"LD_PRELOAD": "/x.so"}): "it sets 'LD_PRELOAD', which hvdkit tune does not",
     changed(environment={"HOROVOD_CYCLE_TIME": 1}): "it sets HOROVOD_CYCLE_TIME to 1",
@@ -211,11 +283,11 @@ def test_a_bad_file_is_one_line(place, capsys, content):
     place.parent.mkdir()
     place.write_bytes(content)
     with pytest.raises(UsageError) as error:
-        tuned.take_up("x", "torch", World(0, 2, 0, 2), {tuned.VARIABLE: str(place)})
+        take_up(environ={tuned.VARIABLE: str(place)})
     assert BAD[content] in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
-    assert tuned.take_up("x", "torch", World(1, 2, 1, 2), {})[1:] == ({}, f"{place} left alone: it can't be used")
+    assert take_up(rank=1)[1:] == ({}, f"{place} left alone: it can't be used")
     assert capsys.readouterr().err == ""
-    tuned.take_up("x", "torch", World(0, 2, 0, 2), {})
+    take_up()
     assert capsys.readouterr().err == f"warning: {error.value}\n"
 
 
@@ -225,8 +297,9 @@ def test_what_is_no_plain_file_is_one_line_too(place):
     for path in (place, place.parent, place.with_name("nowhere")):
         with pytest.raises(UsageError, match="can't be read"):
             tuned.read(path)
-    os.symlink("nowhere", place.with_name("x.tuned-np3.json"))
-    assert "can't be used" in tuned.take_up("x", "torch", World(0, 3, 0, 3), {})[2]
+    job = replace(HERE, workers=3, local_workers=3)
+    os.symlink("nowhere", tuned.path_for("x", job))
+    assert "can't be used" in take_up(job=job)[2]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Adapter(Protocol):
         Args:
             seed: seeds Python's, numpy's and the framework's generators, alike on every rank.
             tune: choose thread counts and Horovod's and MPI's settings for this machine; what the
-                user set in the environment is left alone.
+                user set in the environment, or of the framework's threads in the script, is left alone.
             verbose: rank 0 prints each chosen setting with its reason.
             deterministic: let nothing that changes from run to run decide in which order numbers are
                 added: the framework's deterministic operations, and no fusion of reductions that

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from toolkit.world import World
 
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
+_chosen: Mapping[str, str] = {}  # variables that tuning has set, as the user had not
 _explains = False
 _gpu: int | None = None  # this worker's, as its framework numbers them
 _has_chosen = False  # between that and the CPU
@@ -63,11 +64,24 @@ def root_rank() -> int:
 
 
 def start_horovod(
-    hvd: Any, *, tune: bool, verbose: bool, deterministic: bool, groups: int, stall_timeout: float
+    hvd: Any,
+    framework: Any,
+    *,
+    tune: bool,
+    verbose: bool,
+    deterministic: bool,
+    groups: int,
+    stall_timeout: float,
+    device: str,
 ) -> tuple[World, Choices]:
     """Tune the environment, start Horovod and make this process's failures end the job.
 
     In an elastic job it is called again, after `stop_horovod`, when the workers have changed.
+
+    Args:
+        hvd: `horovod.torch` or `horovod.tensorflow`.
+        framework: a module with `users_threads` and `visible_gpus`.
+        tune, verbose, deterministic, groups, stall_timeout, device: as `start` has them.
 
     Returns:
         The world, and what tuning chose for the framework's threads.
@@ -75,7 +89,7 @@ def start_horovod(
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
-    global _distributed, _batch_norms, _explains
+    global _distributed, _batch_norms, _explains, _chosen
     _distributed, _batch_norms = itertools.count(), itertools.count()  # workers that come to an elastic job begin at 0
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
@@ -87,10 +101,15 @@ def start_horovod(
         raise UsageError(f"{groups} groups of {size} worker(s): give at least 1 group and at most one a worker.")
     if groups > 1 and elastic.is_active():
         raise UsageError("--fold-groups in an elastic job: start it without --host-discovery-script, or leave it out.")
-    choices = _choose(hvd.__name__.rpartition(".")[2], launched or World()) if tune else Choices()
+    users_threads = framework.users_threads() if tune else ""
+    choices = Choices()
+    if tune:
+        place = "cpu" if device == "cpu" or not framework.visible_gpus() else "gpu"
+        choices = _choose(hvd.__name__.rpartition(".")[2], place, launched or World(), users_threads)
     if deterministic:
         choices = tuning.with_determinism(choices)
     os.environ.update(choices.environment)
+    _chosen = choices.environment
     for name, value in tuning.stall_limits(stall_timeout).items():
         os.environ.setdefault(name, value)
     if groups > 1:  # one that is done early waits for the others as long as it takes
@@ -120,7 +139,8 @@ def start_horovod(
     end_job_on_exception(here)
     if tune:
         choices = tuning.with_memory_kept(choices)
-        choices = tuning.with_affinity(tuning.with_threads(choices, here.local_size), here.local_rank, here.local_size)
+        choices = tuning.with_threads(choices, here.local_size, users_threads=users_threads)
+        choices = tuning.with_affinity(choices, here.local_rank, here.local_size)
     if choices.cores is not None:
         os.sched_setaffinity(0, choices.cores)
     _explains = verbose and here.rank == here.group == 0
@@ -211,6 +231,11 @@ def check_devices(hvd: Any, here: World, asked: str, share: bool, gather: Callab
         print(f"gradients go through the host's memory: {why_not}", file=sys.stderr, flush=True)
 
 
+def is_users(variable: str) -> bool:
+    """Whether the user has set a variable, and no file of `hvdkit tune`, whose settings are wishes."""
+    return variable in os.environ and variable not in _chosen
+
+
 def has_gpu() -> bool:
     """Whether this worker computes on a GPU."""
     return _gpu is not None
@@ -257,12 +282,21 @@ def keep_quick(hvd: Any) -> None:
         _cycles["slow"] = _cycles["fast"]
 
 
-def _choose(framework: str, launched: World) -> Choices:
+def _choose(framework: str, device: str, launched: World, users_threads: str) -> Choices:
     """The variables to set, with what `hvdkit tune` has found for a job like this one."""
     if elastic.is_active():  # its workers and their number change
         return tuning.choose_environment()
-    path, environment, why_not = tuned.take_up(Path(sys.argv[0]).stem, framework, launched)
-    choices = tuning.choose_environment(tuned=environment, source=str(path))
+    job = tuned.Job(
+        framework,
+        launched.size,
+        launched.local_size,
+        tuning.host_cores(),
+        device,
+        tuning.mpi_of(),
+        tuned.options_of(sys.argv[1:]),
+    )
+    path, environment, why_not = tuned.take_up(Path(sys.argv[0]).stem, job, launched)
+    choices = tuning.choose_environment(tuned=environment, source=str(path), users_threads=users_threads)
     return replace(choices, reasons=(*choices.reasons, why_not)) if why_not else choices
 
 

@@ -22,6 +22,8 @@ from toolkit.adapters._torch_ops import (
     on_device,
     peak_memory,
     seed_random,
+    set_threads,
+    users_threads,
 )
 from toolkit.errors import UsageError
 
@@ -42,13 +44,9 @@ __all__ = [
     "set_threads",
     "use_cpu",
     "use_gpu",
+    "users_threads",
     "visible_gpus",
 ]
-
-
-def set_threads(threads: int) -> None:
-    """Give torch this many compute threads."""
-    torch.set_num_threads(threads)
 
 
 def visible_gpus() -> int:

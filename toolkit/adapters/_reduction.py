@@ -138,8 +138,9 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
         Horovod's that suits it; the same on all ranks.
 
     Raises:
-        UsageError: "mpi" without MPI.
+        UsageError: "mpi" without MPI, unless that was found by `hvdkit tune`; then it is Horovod.
     """
+    demanded = reducer != "auto" or _job.is_users("HVDKIT_REDUCER")
     if reducer == "auto":
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
         _shared.check_reducer(reducer)
@@ -147,7 +148,7 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
         _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
         return None
     wire = _job.mpi_wire(hvd, _job.process_set())
-    if wire is None and reducer == "mpi":
+    if wire is None and reducer == "mpi" and demanded:
         raise UsageError(
             'reducer="mpi" needs workers that were started by MPI, and mpi4py: start them with mpirun, or horovodrun '
             'without --gloo, or use reducer="horovod".'

@@ -12,7 +12,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from toolkit import watch
+from toolkit import tuning, watch
 from toolkit.adapters import _job
 from toolkit.adapters import _tensorflow_batch_norm as batch_norm  # noqa: F401 - for Keras
 from toolkit.adapters._tensorflow_average import GradientAverager as GradientAverager
@@ -23,12 +23,31 @@ from toolkit.errors import UsageError
 _GPU = "GPU:0"  # a worker's own: it sees no other
 
 
+_threads = (0, 0)  # that `set_threads` has given TensorFlow: within an operation, and between operations
+
+
+def users_threads() -> str:
+    """How the user has set TensorFlow's compute threads, in words; "" where not."""
+    return _users("TF_NUM_INTRAOP_THREADS", tf.config.threading.get_intra_op_parallelism_threads(), _threads[0])
+
+
+def _users(variable: str, now: int, ours: int) -> str:
+    called = "" if now in (0, ours) else f"tf.config.threading has {now}"
+    return tuning.what_is_set([variable]) or called
+
+
 def set_threads(threads: int) -> None:
     """Give TensorFlow this many compute threads; must come before its first operation."""
+    global _threads
+    between = max(2, threads)  # one for independent operations would let a Python data generator wait for itself
+    users = _users("TF_NUM_INTEROP_THREADS", tf.config.threading.get_inter_op_parallelism_threads(), _threads[1])
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
-        # One thread for independent operations would let a Python data generator wait for itself.
-        tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
+        if users:
+            _job.explain(f"tuning: threads for independent operations left alone: {users}")
+        else:
+            tf.config.threading.set_inter_op_parallelism_threads(between)
+        _threads = threads, 0 if users else between
     except RuntimeError:
         warnings.warn("TensorFlow ran an operation before start(): its thread counts stay as they are.", stacklevel=3)
 

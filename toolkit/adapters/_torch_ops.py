@@ -11,13 +11,32 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from toolkit import watch
+from toolkit import tuning, watch
 from toolkit.adapters import _job
 from toolkit.adapters._shared import GPU_RANDOM
 from toolkit.errors import UsageError
 
 _device = torch.device("cpu")  # this worker's
+_threads = torch.get_num_threads()  # torch's own choice, then what `set_threads` has given it
 _copies: Any = None  # the stream of a GPU's on which arrays are copied there
+
+
+def users_threads() -> str:
+    """How the user has set torch's compute threads, in words; "" where not.
+
+    torch does not tell whether its number was set. By itself it depends on MKL, which asks the launcher's variables
+    too, so a script's call is seen by what it changes after this module was imported.
+    """
+    now = torch.get_num_threads()
+    called = "" if now == _threads else f"torch.set_num_threads({now}) was called"
+    return tuning.what_is_set(["MKL_NUM_THREADS"]) or called
+
+
+def set_threads(threads: int) -> None:
+    """Give torch this many compute threads."""
+    global _threads
+    _threads = threads
+    torch.set_num_threads(threads)
 
 
 def all_reduce_sum(vector: np.ndarray) -> np.ndarray:

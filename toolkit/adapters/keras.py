@@ -49,11 +49,13 @@ def start(
     _check_backend()
     here, choices = _job.start_horovod(
         hvd,
+        _ops,
         tune=tune,
         verbose=verbose,
         deterministic=deterministic,
         groups=groups,
         stall_timeout=stall_timeout,
+        device=device,
     )
     here = _job.choose_device(hvd, here, device, share_gpus, _ops)
     if choices.threads:

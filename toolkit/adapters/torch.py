@@ -36,17 +36,19 @@ def start(
     """See `toolkit.adapters.Adapter.start`."""
     here, choices = _job.start_horovod(
         hvd,
+        _torch_ops,
         tune=tune,
         verbose=verbose,
         deterministic=deterministic,
         groups=groups,
         stall_timeout=stall_timeout,
+        device=device,
     )
     here = _job.choose_device(hvd, here, device, share_gpus, _torch_ops)
     if deterministic:
         _torch_ops.be_deterministic()
     if choices.threads:
-        torch.set_num_threads(choices.threads)
+        _torch_ops.set_threads(choices.threads)
     torch.manual_seed(seed)
     _shared.seed_python_and_numpy(seed)
     _job.check_devices(hvd, here, device, share_gpus, gather)

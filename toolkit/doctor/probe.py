@@ -152,7 +152,8 @@ def cores() -> list:
     """Cores that this process may run on, and as many of them as a quota allows, as the ranks will reckon there."""
     count = usable = len(os.sched_getaffinity(0))
     with contextlib.suppress(Exception):  # a host may have no toolkit, or another
-        usable = importlib.import_module("toolkit.tuning").usable_cores()
+        tuning = importlib.import_module("toolkit.tuning")
+        count, usable = len(tuning.physical_cores(os.sched_getaffinity(0))), tuning.usable_cores()
     return [count, usable]
 
 

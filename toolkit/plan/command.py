@@ -127,6 +127,7 @@ def _plan(options: argparse.Namespace) -> int:
         *table.compressions(training, counts),
         "",
         *table.verdict(training, counts, options.pays / 100),
+        *made.warnings,
     ]
     print("\n".join(lines), flush=True)
     if options.plot is not None:

@@ -57,12 +57,14 @@ class Recipe:
         gradients: of its trainable tensors.
         samples: of a step.
         framework: whose Horovod it uses: torch or tensorflow.
+        on_gpu: whether it computes on a GPU.
     """
 
     step: Spread
     gradients: Gradients
     samples: int
     framework: str
+    on_gpu: bool
 
 
 @dataclass(frozen=True)
@@ -119,27 +121,41 @@ def recipe(
     environment = _on_its_own(workers)
     with tempfile.TemporaryDirectory(prefix="hvdkit-plan-") as name:
         directory = Path(name)
+        times = {step_times.VARIABLE: str(directory / "times")}
         before = None
-        if look_for_frozen:
-            _run(words, directory / "before", 0, timeout, environment)
-            before = _newest(directory / "before")
+        if look_for_frozen or (workers > 1 and batch is None):
+            _run(words, directory / "before", 0, timeout, {**environment, **times})
+            before = _newest(directory / "before") if look_for_frozen else None
+            _check_companions(workers, step_times.read(directory / "times"))
         with _companions(words, directory, workers - 1, timeout, environment):
-            times = {step_times.VARIABLE: str(directory / "times")}
             _run(words, directory / "run", WARM_UP + steps, timeout, {**environment, **times})
-        found, noted = _newest(directory / "run"), directory / "times"
-        seconds = step_times.seconds_of_steps(noted, WARM_UP) if noted.exists() else []
+        found, noted = _newest(directory / "run"), step_times.read(directory / "times")
+        seconds = noted.get("seconds", [])[WARM_UP:]
     if not seconds:
         raise UsageError(f"the recipe ends before it has taken {WARM_UP + 2} steps: give it more epochs.")
     return Recipe(
-        Spread.of(seconds), _gradients(found, before), found.manifest["global_batch_size"], _framework(found.manifest)
+        Spread.of(seconds),
+        _gradients(found, before),
+        found.manifest["global_batch_size"],
+        _framework(found.manifest),
+        noted["device"] == "gpu",
     )
+
+
+def _check_companions(workers: int, noted: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where workers beside the measured one would take its GPU, as each is the first of its job."""
+    if workers > 1 and noted.get("device") == "gpu":
+        raise UsageError(
+            f"the recipe computes on a GPU, which {workers} at a time would share: measure it without "
+            "--workers-per-host, and give that step's --compute-ms and --gradient-mb; or give the recipe --device cpu."
+        )
 
 
 def _on_its_own(workers: int) -> dict[str, str]:
     """The environment of one worker of several, with the share of the cores that tuning would give it."""
-    threads = str(max(1, usable_cores() // workers))
-    names = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-    return {**(dict.fromkeys(names, threads) if workers > 1 else {}), **os.environ}
+    threads = max(1, usable_cores() // workers)
+    names = {"OMP_NUM_THREADS": threads, "TF_NUM_INTRAOP_THREADS": threads, "TF_NUM_INTEROP_THREADS": max(2, threads)}
+    return {**({name: str(n) for name, n in names.items()} if workers > 1 else {}), **os.environ}
 
 
 def _begin(

@@ -6,15 +6,17 @@ arXiv:1905.13727 (PowerSGD).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolkit.compression import NAMES, make
 from toolkit.errors import UsageError
 from toolkit.plan.cost import ALL_REDUCES, Cost, Links, all_gather, all_to_all
 
 VALUE = 4  # bytes of a float32
-SCHEMES = ("none", "fp16", "bf16", "int8", "topk", "powersgd")
+SCHEMES = NAMES
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,18 @@ class Gradients:
     """
 
     size: float
-    shapes: Sequence[tuple[int, ...]] | None = None
+    shapes: tuple[tuple[int, ...], ...] | None = None
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, ...]]) -> Gradients:
         """Gradients of these shapes."""
-        return cls(VALUE * sum(math.prod(shape) for shape in shapes), shapes)
+        return cls(VALUE * sum(math.prod(shape) for shape in shapes), tuple(map(tuple, shapes)))
+
+
+@functools.cache
+def _size(scheme: str, shapes: tuple[tuple[int, ...], ...]) -> int:
+    """What a worker of two sends: of a sum 2(p − 1)/p, of shares and means together as much, to all others p − 1."""
+    return make(scheme, shapes).bytes_per_step(2)
 
 
 @dataclass(frozen=True)
@@ -60,42 +68,38 @@ class Compression:
         if self.rank < 1:
             raise UsageError(f"--powersgd-rank is {self.rank}: give 1 or more.")
 
+    @property
+    def spelled(self) -> str:
+        """As `compression.make` takes it."""
+        arguments = {"topk": f":{self.share:.12g}", "powersgd": f":{self.rank}"}
+        return self.name + arguments.get(self.name, "")
+
     def size(self, gradients: Gradients) -> float | None:
         """Bytes that stand for the gradients of one worker; None: their shapes would have to be known.
 
-        Halves for fp16 and bf16; a byte a value for int8, whose scales are few enough to leave out; a value and its
-        int32 place for each that top-k sends; for PowerSGD r(a + b) values of each a × b matrix, a the first dimension,
-        where that is less than the matrix, and other tensors whole.
+        Where they are, as the scheme itself tells it. Else halves for fp16 and bf16; a byte a value for int8; a value
+        and its int32 place for each that top-k sends.
         """
-        if self.name == "topk":
-            return 2 * gradients.size * self.share
-        if self.name != "powersgd":
-            return gradients.size / {"none": 1, "fp16": 2, "bf16": 2, "int8": 4}[self.name]
-        if gradients.shapes is None:
-            return None
-        return VALUE * sum(self._values(shape) for shape in gradients.shapes)
-
-    def _values(self, shape: tuple[int, ...]) -> int:
-        count = math.prod(shape)
-        if len(shape) < 2:
-            return count
-        return min(count, self.rank * (shape[0] + count // shape[0])) if count else 0
+        if gradients.shapes is not None:
+            return _size(self.spelled, gradients.shapes)
+        factors = {"none": 1, "fp16": 1 / 2, "bf16": 1 / 2, "int8": 1 / 4, "topk": 2 * self.share}
+        return gradients.size * factors[self.name] if self.name in factors else None
 
     def exchange(self, all_reduce: str, links: Links, workers: int, size: float) -> Cost | None:
         """Until every worker has the mean, without compressing; None: the all-reduce is none for these workers.
 
         What is summed as it travels is all-reduced: PowerSGD in two operations, as its second factor needs the mean of
-        the first. 8 bits can't hold a sum: each worker sums one part of all, from all the others, and the sums are
-        gathered. top-k's places differ between workers, so each gets those of all: bytes grow with the workers.
+        the first. 16 and 8 bits are not summed: each worker sums one part of all in float32, from all the others, and
+        the sums are gathered. top-k's places differ between workers, so each gets those of all: bytes grow with them.
 
         Args:
-            all_reduce: a key of `cost.ALL_REDUCES`; int8 and top-k do without.
+            all_reduce: a key of `cost.ALL_REDUCES`; fp16, bf16, int8 and top-k do without.
             size: bytes, as `size` has it, or of a part of the gradients.
         """
         if workers == 1:
             return Cost(0.0, self.name)
         agreement = links.agreement(workers)
-        if self.name == "int8":
+        if self.name in ("fp16", "bf16", "int8"):
             seconds = all_to_all(links, workers, size) + all_gather(links, workers, size / workers)
             return Cost(2 * agreement + seconds, "all-to-all, all-gather")
         if self.name == "topk":

@@ -22,10 +22,11 @@ from toolkit.plan.step import Compute, Training
 
 @dataclass(frozen=True)
 class Plan:
-    """What is planned, and in lines where each figure is from."""
+    """What is planned, in lines where each figure is from, and in lines what the verdict can't be taken for."""
 
     training: Training
     about: Sequence[str]
+    warnings: Sequence[str]
 
 
 def plan(options: argparse.Namespace) -> Plan:
@@ -38,7 +39,7 @@ def plan(options: argparse.Namespace) -> Plan:
     workers, strong = places.workers, is_strong(options)
     seen, compute, about = _compute(options, workers, strong)
     gradients = Gradients(options.gradient_mb * 1e6) if seen is None or options.gradient_mb else seen.gradients
-    network, local, links = places.links(seen.framework if seen else None)
+    network, local, links = places.links(seen)
     costs, told = _compression_costs(options, gradients)
     compressions = tuple(Compression(name, costs.get(name), options.top_k, options.powersgd_rank) for name in SCHEMES)
     bucket = None if options.bucket_mb is None else options.bucket_mb * 1e6
@@ -53,6 +54,7 @@ def plan(options: argparse.Namespace) -> Plan:
             f"(--scaling {'weak' if strong else 'strong'} for the other); {compute.backward:.0%} of the compute "
             "time is the backward pass",
         ],
+        places.warnings(options.max_workers),
     )
 
 
@@ -92,14 +94,12 @@ def _compression_costs(options: argparse.Namespace, gradients: Gradients) -> tup
     costs = {"none": 0.0, **dict(options.compression_ms)}
     if gradients.shapes is None:
         return costs, []
-    names = {name: name for name in SCHEMES if name not in costs}
-    names |= {
-        n: f"{n}:{x:.12g}" for n, x in (("topk", options.top_k), ("powersgd", options.powersgd_rank)) if n in names
-    }
     (none,), found = cost.measure(["none"], gradients.shapes, 2), {}
-    for name, whole in names.items():  # one after the other, as each needs memory of some copies of the gradients
-        (its,) = cost.measure([whole], gradients.shapes, 2)
-        found[name] = max(0.0, its.seconds - none.seconds)
+    for name in SCHEMES:  # one after the other, as each needs memory of some copies of the gradients
+        if name not in costs:
+            scheme = Compression(name, share=options.top_k, rank=options.powersgd_rank)
+            (its,) = cost.measure([scheme.spelled], gradients.shapes, 2)
+            found[name] = max(0.0, its.seconds - none.seconds)
     said = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in found.items())
     return costs | found, [f"compressing costs a step, measured here: {said}"] if found else []
 
@@ -131,20 +131,37 @@ class _Places:
         self._given: dict[str, Any] = {"interface": options.interface, "ssh_port": options.ssh_port, "ssh_key": key}
         self._found: dict[tuple[Host, ...], measure.Between] = {}
 
-    def links(self, framework: str | None) -> tuple[Link, Link, list[str]]:
+    def links(self, seen: measure.Recipe | None) -> tuple[Link, Link, list[str]]:
         """The links between hosts and within them, and in words where they are from.
 
         Args:
-            framework: to measure with; None: one that is installed.
+            seen: the recipe, with whose framework they are measured; None: with one that is installed.
+
+        Raises:
+            UsageError: as `measure.between`; or the recipe computes on a GPU, whose links are not measured.
         """
-        network, text = self._link("", framework, tuple(self._hosts[:2]))
+        network, text = self._link("", seen, tuple(self._hosts[:2]))
         about = [f"between hosts: {table.link(network)}, {text}"]
         if self.workers == 1:
             return network, network, about
-        local, text = self._link("local_", framework, tuple(self._hosts[:1]))
+        local, text = self._link("local_", seen, tuple(self._hosts[:1]))
         return network, local, [*about, f"within a host: {table.link(local)}, {text}"]
 
-    def _link(self, kind: str, framework: str | None, hosts: tuple[Host, ...]) -> tuple[Link, str]:
+    def warnings(self, most_workers: int) -> list[str]:
+        """That one host's memory stands for the network, where it does and the plan has several hosts."""
+        words = {"--latency-us": "latency", "--gbit": "rate"}
+        told = {"--latency-us": self._options.latency_us, "--gbit": self._options.gbit}
+        measured = [flag for flag in words if told[flag] is None]
+        if not measured or len(self._hosts) > 1 or most_workers < 2 * self.workers:
+            return []
+        what, flags = " and ".join(words[flag] for flag in measured), " and ".join(measured)
+        place = self._hosts[0].name if self._hosts else "this machine"
+        return [
+            f"For a network this is no plan: the {what} between hosts is that of the memory of {place}. Give the real "
+            f"network's by {flags}, or two hosts to measure between by --hostfile or -H."
+        ]
+
+    def _link(self, kind: str, seen: measure.Recipe | None, hosts: tuple[Host, ...]) -> tuple[Link, str]:
         """A link as it is told, or measured, with what is told of it in place of that."""
         latency, gbit = (getattr(self._options, f"{kind}{name}") for name in ("latency_us", "gbit"))
         told = {
@@ -155,11 +172,19 @@ class _Places:
         known = {name: value for name, value in told.items() if value is not None}
         if latency is not None and gbit is not None:
             return Link(**known), "as told"
+        if seen and seen.on_gpu:
+            flags = " and ".join(f"--{kind.replace('_', '-')}{name}" for name in ("latency-us", "gbit"))
+            raise UsageError(
+                f"the recipe computes on a GPU, and links are measured between CPUs alone: give {flags}, or the recipe "
+                "--device cpu."
+            )
         if hosts not in self._found:
-            given = self._given if hosts else {}
-            self._found[hosts] = measure.between(framework or measure.framework(), hosts, given, self._options.timeout)
+            given, framework = self._given if hosts else {}, seen.framework if seen else measure.framework()
+            self._found[hosts] = measure.between(framework, hosts, given, self._options.timeout)
         found = self._found[hosts]
         places, spread = " and ".join(host.name for host in hosts) or "this machine", found.all_reduce
+        if not kind and len(hosts) < 2:
+            places += ", in its memory in place of a network,"
         return dataclasses.replace(found.link, **known), (
             f"measured on {places} by {found.reducer} ({found.size / 1e6:.3g} MB all-reduced in "
             f"{spread.median * 1e3:.3g} ms, {spread.low * 1e3:.3g} … {spread.high * 1e3:.3g})"

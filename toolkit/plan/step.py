@@ -165,7 +165,7 @@ class Training:
         """Bits a second of a host's link below which a compression makes a step shorter, where nothing overlaps.
 
         Returns:
-            0 where it does on none, infinity where on any; those looked at are of 1 kbit/s to 10⁶ Gbit/s.
+            0 where it does on no slow one, infinity where on any; those looked at are of 1 kbit/s to 10⁶ Gbit/s.
         """
 
         def pays(digits: float) -> bool:

@@ -126,7 +126,7 @@ def _break_even(training: Training, workers: int) -> list[str]:
     said = []
     for c in known:
         limit = training.pays_below(workers, c)
-        rate = "on any link" if math.isinf(limit) else f"below {limit / 1e9:.2g} Gbit/s" if limit else "on none"
+        rate = "on any link" if math.isinf(limit) else f"below {limit / 1e9:.2g} Gbit/s" if limit else "on no slow one"
         said.append(f"{c.name} {rate}")
     return [f"Between hosts it pays on {workers} workers where a host's link reaches: {', '.join(said)}."]
 
