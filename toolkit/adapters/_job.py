@@ -28,6 +28,7 @@ from toolkit.world import World
 _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; empty where there are no groups
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
 _explains = False
+_deterministic = False
 _gpu: int | None = None  # this worker's, as its framework numbers them
 _uuid = ""  # the same GPU's; "" on the CPU
 _reduces_on_gpu = False
@@ -74,7 +75,8 @@ def start_horovod(
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
-    global _distributed, _batch_norms, _explains
+    global _distributed, _batch_norms, _explains, _deterministic
+    _deterministic = deterministic
     _distributed, _batch_norms = itertools.count(), itertools.count()  # workers that come to an elastic job begin at 0
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
@@ -131,6 +133,11 @@ def explain(lines: str) -> None:
     """Print what was decided, where `start` was told to be verbose."""
     if _explains:
         print(lines, flush=True)
+
+
+def is_deterministic() -> bool:
+    """Whether `start` was told that nothing which changes from run to run may decide how numbers are added."""
+    return _deterministic
 
 
 def choose_device(here: World, asked: str, framework: Any) -> World:
@@ -220,13 +227,13 @@ def restart_horovod(hvd: Any, cycle: str) -> None:
 
 
 def keep_quick(hvd: Any) -> None:
-    """Leave Horovod its fast cycle, also where MPI adds up the gradients; all ranks call it together.
+    """Leave Horovod its fast cycle from here on, also where MPI adds up gradients; all ranks call it together.
 
-    For operations of Horovod's that the model's layers wait for, in each step.
+    For operations of Horovod's that each step waits for: an optimizer's, or those of the model's layers.
     """
     if _cycles:
         restart_horovod(hvd, "fast")
-        _cycles["slow"] = _cycles["fast"]
+        _cycles.clear()
 
 
 def _choose(framework: str, launched: World) -> Choices:

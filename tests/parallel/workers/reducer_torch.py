@@ -1,9 +1,15 @@
 """What reducer_cases.py needs of torch, and the cases that only torch has."""
 
+import os
+from unittest import mock
+
+import horovod.torch as hvd
 import numpy as np
 import torch
 
 import toolkit.adapters.torch as dp
+from toolkit import tuning
+from toolkit.adapters import _job
 
 
 class Trial:
@@ -95,6 +101,49 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
         if world.size == 2:  # of two numbers there is one sum
             assert all(np.array_equal(a, b) for a, b in zip(*found.values(), strict=True))
 
+    slow = tuning.SLOW_CYCLE if world.groups == 1 else tuning.CYCLE_TIME
+
+    def cycle_after(*reducers, sparse=False):
+        """Who adds up for optimizers that are distributed one after the other, and Horovod's cycle in the end."""
+        if world.groups == 1:
+            _job._cycles.update(fast=tuning.CYCLE_TIME, slow=tuning.SLOW_CYCLE)  # as after start()
+        chosen = []
+        for reducer in reducers:
+            model = torch.nn.Sequential(torch.nn.Embedding(9, 3, sparse=sparse), torch.nn.Linear(3, 1))
+            optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model, reducer=reducer)
+            model(torch.tensor([world.rank])).sum().backward()
+            chosen.append(optimizer._averager.reducer)
+        return chosen, os.environ["HOROVOD_CYCLE_TIME"]
+
+    def quick():
+        """Horovod keeps its quick cycle as soon as a step waits for it, whoever else adds up by MPI."""
+        assert cycle_after("mpi") == (["mpi"], slow)
+        assert cycle_after("mpi", "horovod") == (["mpi", "horovod"], tuning.CYCLE_TIME)
+        assert cycle_after("horovod", "mpi") == (["horovod", "mpi"], tuning.CYCLE_TIME)
+        assert cycle_after("mpi") == (["mpi"], slow)
+        assert cycle_after("auto", sparse=True) == (["horovod"], tuning.CYCLE_TIME), "whose rows Horovod gathers"
+        assert cycle_after("mpi") == (["mpi"], slow)
+        assert cycle_after("mpi", sparse=True) == (["mpi"], tuning.CYCLE_TIME)
+
+    def closures():
+        """The mean of a closure's loss, by which LBFGS decides, comes by MPI too: Horovod is slow then."""
+        weight = torch.nn.Parameter(torch.zeros(3))
+        model = torch.nn.ParameterList([weight])
+        optimizer = dp.distribute(torch.optim.LBFGS([weight], max_iter=4), model, reducer="mpi")
+        losses = []
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weight - world.rank).square().sum()
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        with mock.patch.object(hvd, "allreduce", side_effect=AssertionError("by Horovod")):
+            first = optimizer.step(closure)
+        assert first.dtype == torch.float32 and first.item() == np.mean(dp.gather(losses[0]))
+        np.testing.assert_allclose(weight.detach().numpy(), (world.size - 1) / 2, rtol=1e-5)
+
     ways = {
         "itself": lambda p: p.grad,
         "detached": lambda p: p.grad.detach(),
@@ -140,5 +189,7 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
     case(flush, "flush_applies_the_passes_that_there_are")
     case(channels_last, "channels_last_weights_keep_their_layout")
     case(sparse_embeddings, "sparse_embeddings_beside_dense_weights")
+    case(quick, "horovod_stays_quick_where_a_step_waits_for_it")
+    case(closures, "a_closures_loss_comes_by_mpi")
     case(kept, "gradients_that_a_user_keeps_do_not_change")
     case(reused, "gradients_that_nobody_keeps_share_their_memory")
