@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from horovod.common import process_sets
 from horovod.common.process_sets import ProcessSet, global_process_set
 
 from toolkit import connections, devices, elastic, tuned, tuning, watch, world
@@ -218,12 +219,18 @@ def restart_horovod(hvd: Any, cycle: str) -> None:
     """Start Horovod again with its "fast" or "slow" cycle; all ranks call it together.
 
     Where MPI adds up the gradients Horovod has little to do, and its thread, which meets the other ranks' in each
-    cycle, only keeps cores from computing. Nothing is done where the user set the cycle, or there are groups.
+    cycle, only keeps cores from computing. Nothing is done where the user set the cycle, or there are groups, or what
+    the script had of Horovod would be lost: process sets of its own, and the timeline, which begins anew.
     """
-    if cycle in _cycles and os.environ["HOROVOD_CYCLE_TIME"] != _cycles[cycle] and hvd.mpi_enabled():
-        os.environ["HOROVOD_CYCLE_TIME"] = _cycles[cycle]
-        hvd.shutdown()
-        hvd.init()
+    if cycle not in _cycles or os.environ["HOROVOD_CYCLE_TIME"] == _cycles[cycle]:
+        return
+    wire = mpi_wire(hvd, global_process_set)
+    # The first rank to shut Horovod down does it on all, where it could then not be asked any more.
+    if wire is None or any(wire.gather("HOROVOD_TIMELINE" in os.environ or _has_process_sets())):
+        return
+    os.environ["HOROVOD_CYCLE_TIME"] = _cycles[cycle]
+    hvd.shutdown()
+    hvd.init()
 
 
 def keep_quick(hvd: Any) -> None:
@@ -233,7 +240,12 @@ def keep_quick(hvd: Any) -> None:
     """
     if _cycles:
         restart_horovod(hvd, "fast")
-        _cycles.clear()
+        _cycles["slow"] = _cycles["fast"]
+
+
+def _has_process_sets() -> bool:
+    """Whether Horovod knows of others than that of all workers."""
+    return len(process_sets._basics._get_process_set_ids_and_ranks()) > 1
 
 
 def _choose(framework: str, launched: World) -> Choices:

@@ -9,7 +9,7 @@ import torch
 
 import toolkit.adapters.torch as dp
 from toolkit import tuning
-from toolkit.adapters import _job
+from toolkit.adapters import _job, _reduction
 
 
 class Trial:
@@ -26,7 +26,7 @@ class Trial:
     def step(self, gradients):
         """One pass with this rank's gradients: arrays, or None."""
         self.optimizer.zero_grad()
-        pairs = [(p, g) for p, g in zip(self.model, gradients, strict=True) if g is not None]
+        pairs = [(p, g) for p, g in zip(self.model, gradients, strict=True) if g is not None and p.requires_grad]
         if pairs:
             sum((p * torch.tensor(g).to(p.dtype)).sum().double() for p, g in pairs).backward()
         self.optimizer.step()
@@ -125,6 +125,36 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
         assert cycle_after("mpi") == (["mpi"], slow)
         assert cycle_after("mpi", sparse=True) == (["mpi"], tuning.CYCLE_TIME)
 
+    def stays():
+        """Whoever was the faster one at first adds up after the parameters have become others, too."""
+        for quicker, horovods in (("mpi", 1.0), ("horovod", 0.0)):
+            trial = Trial(shapes)
+            for seconds in (horovods, 1.0 - horovods):
+                with mock.patch.object(_reduction, "_seconds", side_effect=[seconds, 0.5]):
+                    trial.step(given(0, shapes))
+                assert trial.averager().reducer == quicker
+                trial.model[1].requires_grad_(False)
+                trial.model[1].grad = None
+
+    def own_sets():
+        """Horovod is not started again where that would lose the script's process sets, or begin its timeline anew."""
+        if world.groups > 1:
+            return  # which are process sets, so that nothing is ever started again
+        wanted = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1", "HOROVOD_CYCLE_TIME": tuning.CYCLE_TIME}
+        with mock.patch.dict(os.environ, wanted):
+            hvd.shutdown()
+            hvd.init()
+            own = hvd.add_process_set(range(world.size - 1, world.size))
+            assert cycle_after("mpi", "horovod", "mpi") == (["mpi", "horovod", "mpi"], tuning.CYCLE_TIME)
+            if own.included():
+                assert hvd.allreduce(torch.ones(1), process_set=own).item() == 1
+            hvd.remove_process_set(own)
+            with mock.patch.dict(os.environ, HOROVOD_TIMELINE="DYNAMIC"):
+                assert cycle_after("mpi") == (["mpi"], tuning.CYCLE_TIME)
+            assert cycle_after("mpi") == (["mpi"], slow)
+        hvd.shutdown()
+        hvd.init()
+
     def closures():
         """The mean of a closure's loss, by which LBFGS decides, comes by MPI too: Horovod is slow then."""
         weight = torch.nn.Parameter(torch.zeros(3))
@@ -190,6 +220,8 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
     case(channels_last, "channels_last_weights_keep_their_layout")
     case(sparse_embeddings, "sparse_embeddings_beside_dense_weights")
     case(quick, "horovod_stays_quick_where_a_step_waits_for_it")
+    case(stays, "the_choice_outlives_a_change_of_parameters")
+    case(own_sets, "horovod_is_not_started_again_under_process_sets")
     case(closures, "a_closures_loss_comes_by_mpi")
     case(kept, "gradients_that_a_user_keeps_do_not_change")
     case(reused, "gradients_that_nobody_keeps_share_their_memory")
