@@ -160,6 +160,15 @@ class _Distributed(torch.optim.Optimizer):
         """The `compression` of `distribute`."""
         return self._averager.compression
 
+    @property
+    def reducer(self) -> str | None:
+        """Who adds up the gradients; see `toolkit.adapters._reduction.Averager`."""
+        return self._averager.reducer
+
+    @reducer.setter
+    def reducer(self, reducer: str) -> None:
+        self._averager.reducer = reducer
+
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
