@@ -308,6 +308,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "global_batch_size": lambda v: _is_count(v, 1),
     "world_size": lambda v: _is_count(v, 1),
     "reference_batch_size": lambda v: _is_count(v, 1),
+    "reducer": lambda v: v in ("horovod", "mpi"),
     "extra": lambda v: isinstance(v, dict),
     "position": lambda v: (
         isinstance(v, dict)

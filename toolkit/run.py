@@ -737,6 +737,8 @@ class Run:
             prefix = f"rank{world.rank}/"
             if found.manifest["world_size"] == world.size:
                 local = {n.removeprefix(prefix): a for n, a in found.state.items() if n.startswith(prefix)}
+                if "reducer" in found.manifest and hasattr(self.optimizer, "reducer"):
+                    self.optimizer.reducer = found.manifest["reducer"]  # the other may add up in another order
             if self._audit and "audit/counts" in found.state:
                 self._audit.restore(found.state["audit/counts"])
         else:
@@ -813,12 +815,14 @@ class Run:
 
     def _manifest(self) -> dict[str, Any]:
         """Everything that an exact resume needs beside the arrays."""
+        reducer = getattr(self.optimizer, "reducer", None)
         return {
             **self._origin,
             **self._identity(),
             "world_size": self.world.size,
             "position": asdict(self._at),
             "reference_batch_size": self._reference,
+            **({"reducer": reducer} if reducer else {}),
             "learning_rate_of_next_step": self.learning_rate(),
             "extra": {name: plain.encode(name, thing.state_dict()) for name, thing in self._extra.items()},
         }

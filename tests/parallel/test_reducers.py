@@ -70,6 +70,34 @@ def test_case(job, case):
     assert re.search(rf"passed {case}$", out, re.MULTILINE), told
 
 
+def of_a_run(adapter, backend, directory, case, launcher="mpirun"):
+    """What three ranks of reducer_resume.py print."""
+    command = [WORKERS / "reducer_resume.py", adapter, directory, case]
+    result = launch(3, command, launcher=launcher, environment={"KERAS_BACKEND": backend}, timeout=240)
+    assert result.returncode == 0 and f"passed {case}" in result.stdout, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("adapter", "backend"),
+    [
+        ("torch", "torch"),
+        pytest.param("tensorflow", "tensorflow", marks=pytest.mark.long),
+        pytest.param("keras", "tensorflow", marks=pytest.mark.long),
+        pytest.param("keras", "torch", marks=pytest.mark.long),
+    ],
+)
+def test_a_resumed_run_keeps_its_reducer_and_so_its_bits(adapter, backend, tmp_path):
+    of_a_run(adapter, backend, tmp_path, "resumed")
+    printed = of_a_run(adapter, backend, tmp_path, "without_mpi", "horovodrun-gloo")
+    told = [line for line in printed.splitlines() if "were added up by mpi until here" in line]
+    assert len(told) == 1 and "resume it with the launcher and device of its start" in told[0], printed[-3000:]
+
+
+def test_deterministic_runs_try_no_reducer(tmp_path):
+    of_a_run("torch", "torch", tmp_path, "deterministic")
+
+
 @pytest.mark.long
 def test_mpi_where_mpi_did_not_start_the_workers_is_one_line(tmp_path):
     command = ["recipes/linear_regression_torch.py", "--reducer", "mpi", "--output", tmp_path / "run"]

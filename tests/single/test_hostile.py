@@ -124,6 +124,7 @@ REFUSED = [
     with_value(position={"epoch": 2}),
     with_value(position={"epoch": 0, "step": True, "step_in_epoch": 0, "loss_sum": 0.0, "not_finite": 0}),
     with_value(world_size=0),
+    with_value(reducer="auto"),
     with_value(bfloat16=[["w"]]),
     with_value(step=10**400),
 ]

@@ -41,8 +41,8 @@ class Adapter(Protocol):
                 user set in the environment, or of the framework's threads in the script, is left alone.
             verbose: rank 0 prints each chosen setting with its reason.
             deterministic: let nothing that changes from run to run decide in which order numbers are
-                added: the framework's deterministic operations, and no fusion of reductions that
-                happen to be ready together.
+                added: the framework's deterministic operations, no fusion of reductions that happen to
+                be ready together, and no trial by which "auto" takes a reducer.
             groups: train this many models at the same time: the workers are cut into so many groups of
                 neighbours (Horovod process sets), and the world, all functions here and everything
                 built on them are about this worker's group.
@@ -92,7 +92,8 @@ class Adapter(Protocol):
                 "topk" (or "topk:0.01"), "powersgd" (or "powersgd:4"); see `toolkit.compression`.
             reducer: who adds up the gradients: "horovod"; "mpi": all of them in one operation in the calling
                 thread, where MPI started the workers; "auto": whichever is faster for so many gradients, which is
-                tried out when the first ones are there.
+                tried out when the first ones are there and no checkpoint tells who it was before. The optimizer's
+                `reducer` tells who it is.
 
         Returns:
             The optimizer, still an instance of its class, with the same options.

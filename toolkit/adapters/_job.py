@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from horovod.common import process_sets
 from horovod.common.process_sets import ProcessSet, global_process_set
 
 from toolkit import connections, devices, elastic, tuned, tuning, watch, world
@@ -29,6 +30,7 @@ _process_sets: dict[str, Any] = {}  # this worker's group, as Horovod knows it; 
 _cycles: dict[str, str] = {}  # milliseconds, as the environment has them; empty where they are not ours to choose
 _chosen: Mapping[str, str] = {}  # variables that tuning has set, as the user had not
 _explains = False
+_deterministic = False
 _gpu: int | None = None  # this worker's, as its framework numbers them
 _has_chosen = False  # between that and the CPU
 _uuid = ""  # the same GPU's; "" on the CPU
@@ -89,7 +91,8 @@ def start_horovod(
     Raises:
         UsageError: the launcher started more workers than found each other, or fewer than groups.
     """
-    global _distributed, _batch_norms, _explains, _chosen
+    global _distributed, _batch_norms, _explains, _chosen, _deterministic
+    _deterministic = deterministic
     _distributed, _batch_norms = itertools.count(), itertools.count()  # workers that come to an elastic job begin at 0
     launched = world.from_launcher()
     end_job_on_exception(launched or World())
@@ -152,6 +155,11 @@ def explain(lines: str) -> None:
     """Print what was decided, where `start` was told to be verbose."""
     if _explains:
         print(lines, flush=True)
+
+
+def is_deterministic() -> bool:
+    """Whether `start` was told that nothing which changes from run to run may decide how numbers are added."""
+    return _deterministic
 
 
 def choose_device(hvd: Any, here: World, asked: str, share: bool, framework: Any) -> World:
@@ -264,22 +272,33 @@ def restart_horovod(hvd: Any, cycle: str) -> None:
     """Start Horovod again with its "fast" or "slow" cycle; all ranks call it together.
 
     Where MPI adds up the gradients Horovod has little to do, and its thread, which meets the other ranks' in each
-    cycle, only keeps cores from computing. Nothing is done where the user set the cycle, or there are groups.
+    cycle, only keeps cores from computing. Nothing is done where the user set the cycle, or there are groups, or what
+    the script had of Horovod would be lost: process sets of its own, and the timeline, which begins anew.
     """
-    if cycle in _cycles and os.environ["HOROVOD_CYCLE_TIME"] != _cycles[cycle] and hvd.mpi_enabled():
-        os.environ["HOROVOD_CYCLE_TIME"] = _cycles[cycle]
-        hvd.shutdown()
-        hvd.init()
+    if cycle not in _cycles or os.environ["HOROVOD_CYCLE_TIME"] == _cycles[cycle]:
+        return
+    wire = mpi_wire(hvd, global_process_set)
+    # The first rank to shut Horovod down does it on all, where it could then not be asked any more.
+    if wire is None or any(wire.gather("HOROVOD_TIMELINE" in os.environ or _has_process_sets())):
+        return
+    os.environ["HOROVOD_CYCLE_TIME"] = _cycles[cycle]
+    hvd.shutdown()
+    hvd.init()
 
 
 def keep_quick(hvd: Any) -> None:
-    """Leave Horovod its fast cycle, also where MPI adds up the gradients; all ranks call it together.
+    """Leave Horovod its fast cycle from here on, also where MPI adds up gradients; all ranks call it together.
 
-    For operations of Horovod's that the model's layers wait for, in each step.
+    For operations of Horovod's that each step waits for: an optimizer's, or those of the model's layers.
     """
     if _cycles:
         restart_horovod(hvd, "fast")
         _cycles["slow"] = _cycles["fast"]
+
+
+def _has_process_sets() -> bool:
+    """Whether Horovod knows of others than that of all workers."""
+    return len(process_sets._basics._get_process_set_ids_and_ranks()) > 1
 
 
 def _choose(framework: str, device: str, launched: World, users_threads: str) -> Choices:

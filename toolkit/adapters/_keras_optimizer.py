@@ -87,6 +87,15 @@ class _Distributed:
         """The `compression` of `distribute`."""
         return self._average.compression
 
+    @property
+    def reducer(self) -> str | None:
+        """Who adds up the gradients; see `toolkit.adapters._reduction.Averager`."""
+        return self._average.reducer
+
+    @reducer.setter
+    def reducer(self, reducer: str) -> None:
+        self._average.reducer = reducer
+
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Update the variables from the mean of all ranks' gradients."""
         grads = list(grads)

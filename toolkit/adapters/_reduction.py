@@ -16,6 +16,7 @@ from toolkit.adapters import _job, _shared
 from toolkit.adapters._mpi import MpiWire
 from toolkit.compression import Compressor
 from toolkit.errors import UsageError
+from toolkit.progress import say
 
 _PREFIX = "compression/"
 _ROUNDS = 10  # of the measurement behind "auto"
@@ -55,10 +56,14 @@ class Averager:
         name: names the collective operations, alike on all ranks, and is used for nothing else.
         compression: see `toolkit.compression.make`.
         reducer: one of `toolkit.options.REDUCERS`.
+
+    Attributes:
+        reducer: who adds up, "horovod" or "mpi", once it is decided; or what a checkpoint tells, for "auto" to take.
     """
 
     def __init__(self, name: str, compression: str, reducer: str) -> None:
-        self._name, self.compression, self._reducer = name, compression, reducer
+        self._name, self.compression, self._asked = name, compression, reducer
+        self.reducer: str | None = None
         self._shapes: tuple[tuple[int, ...], ...] | None = None
         self._compressor: Compressor | None = None  # None: not yet made, or there is none
         self._state: Mapping[str, np.ndarray] = {}  # for it, from a checkpoint
@@ -87,7 +92,15 @@ class Averager:
 
     def _adds_up_on_gpu(self) -> bool:
         """Whether a GPU's gradients are added up there; else in the host's memory, by whom it is done on a CPU."""
-        return _job.reduces_on_gpu() and self._reducer != "mpi"
+        return _job.reduces_on_gpu() and self._asked != "mpi"
+
+    def _decide(
+        self, hvd: Any, by_horovod: Callable[[np.ndarray], None], elements: int, gathers_rows: bool
+    ) -> MpiWire | None:
+        """`choose`, with what was decided before."""
+        wire = choose(self._asked, hvd, by_horovod, elements, gathers_rows, self.reducer)
+        self.reducer = "horovod" if wire is None else "mpi"
+        return wire
 
     def state(self) -> dict[str, np.ndarray]:
         """What the compression carries from step to step on this rank, by names that begin with `compression/`."""
@@ -123,7 +136,14 @@ def without_compression(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     return {name: array for name, array in state.items() if not name.startswith(_PREFIX)}
 
 
-def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], elements: int) -> MpiWire | None:
+def choose(
+    reducer: str,
+    hvd: Any,
+    by_horovod: Callable[[np.ndarray], None],
+    elements: int,
+    gathers_rows: bool = False,
+    before: str | None = None,
+) -> MpiWire | None:
     """Decide who adds up an optimizer's gradients; all ranks of a group call it together.
 
     Args:
@@ -131,11 +151,14 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
         hvd: `horovod.torch` or `horovod.tensorflow`.
         by_horovod: replaces a float32 vector by its sum over all ranks, through Horovod.
         elements: the number of gradients.
+        gathers_rows: whether there are sparse gradients, whose rows Horovod gathers.
+        before: who added them up until here, in this run; None: nobody did.
 
     Returns:
-        The wire for MPI, which adds up in the host's memory, or None for Horovod. "auto" takes Horovod for what it adds
-        up on GPUs; else the one that was faster when both were tried with so many numbers, each with the cycle of
-        Horovod's that suits it; the same on all ranks.
+        The wire for MPI, which adds up in the host's memory, or None for Horovod; the same on all ranks. "auto" takes
+        Horovod for what it adds up on GPUs; else the one from before, as from 3 ranks on the other may round otherwise;
+        Horovod where it gathers rows; with `deterministic` MPI, which needs no thread of its own; else the one that was
+        faster when both were tried with so many numbers, each with the cycle of Horovod's that suits it.
 
     Raises:
         UsageError: "mpi" without MPI, unless that was found by `hvdkit tune`; then it is Horovod.
@@ -144,15 +167,18 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
     if reducer == "auto":
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
         _shared.check_reducer(reducer)
-    if reducer == "horovod" or (reducer == "auto" and _job.reduces_on_gpu()):
-        _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
-        return None
-    wire = _job.mpi_wire(hvd, _job.process_set())
+    ranks = _job.process_set()
+    wire = None if reducer == "horovod" else _job.mpi_wire(hvd, ranks)
     if wire is None and reducer == "mpi" and demanded:
         raise UsageError(
             'reducer="mpi" needs workers that were started by MPI, and mpi4py: start them with mpirun, or horovodrun '
             'without --gloo, or use reducer="horovod".'
         )
+    if reducer == "auto":
+        reducer = _without_trial(wire, gathers_rows, before, tells=ranks.rank() == 0)
+    if reducer == "horovod":
+        _job.keep_quick(hvd)
+        return None
     if wire is None or wire.size == 1:
         return wire
     if reducer == "mpi":
@@ -170,8 +196,35 @@ def choose(reducer: str, hvd: Any, by_horovod: Callable[[np.ndarray], None], ele
     )
     if mpis <= horovods:
         return wire
-    _job.restart_horovod(hvd, "fast")
+    _job.keep_quick(hvd)
     return None
+
+
+def _without_trial(wire: MpiWire | None, gathers_rows: bool, before: str | None, tells: bool) -> str:
+    """Whom "auto" takes without trying both; "auto": nobody.
+
+    Args:
+        wire: for MPI; None: there is none.
+        gathers_rows: see `choose`.
+        before: likewise.
+        tells: this rank is the one that says that the one from before can't go on.
+    """
+    if wire is None or _job.reduces_on_gpu():
+        if before == "mpi" and tells:
+            say(
+                "the gradients of this run were added up by mpi until here, and from here on by horovod, so their last "
+                "bits may differ from the uninterrupted run's: resume it with the launcher and device of its start for "
+                "the same bits."
+            )
+        return "horovod"
+    if before is not None:
+        return before
+    if gathers_rows:
+        return "horovod"
+    if _job.is_deterministic():
+        _job.explain("tuning: the gradients are added up by mpi, without a trial of both: the run is deterministic")
+        return "mpi"
+    return "auto"
 
 
 def _seconds(add_up: Callable[[np.ndarray], None], numbers: np.ndarray) -> float:

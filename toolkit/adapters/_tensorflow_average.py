@@ -108,10 +108,8 @@ class GradientAverager(_reduction.Averager):
         if ranks.size() == 1:
             return None
         compressed = HorovodWire(self._name, ranks) if self.compression != "none" else None
-        if _SPARSE in kinds and self._reducer == "auto":  # whose rows Horovod gathers
-            return compressed
         with watch.waiting(f"{self._name}.trial"):
-            wire = _reduction.choose(self._reducer, hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables))
+            wire = self._decide(hvd, by_horovod, sum(int(np.prod(v.shape)) for v in variables), _SPARSE in kinds)
         return wire or compressed
 
     def _through_wire(

@@ -120,6 +120,8 @@ def average_sparse(name: str, gradient: Any, variable: Any) -> tf.IndexedSlices:
     wire = tf.float32 if values.dtype == tf.bfloat16 else values.dtype
     ranks = _job.process_set()
     if ranks.size() > 1:
+        with tf.init_scope():
+            _job.keep_quick(hvd)  # also where the dense gradients beside it are added up by MPI
         with waiting(name), tf.device(where_reduced()):
             indices = hvd.allgather(indices, f"{name}.indices", ignore_name_scope=True, process_set=ranks)
             values = hvd.allgather(tf.cast(values, wire), f"{name}.values", ignore_name_scope=True, process_set=ranks)

@@ -168,7 +168,7 @@ class GradientAverager(_reduction.Averager):
         if self._buckets is not None:
             self._buckets.drain()  # on every rank: some may have sent what others have not
         dense = [p for p, is_sparse in zip(parameters, sparse, strict=True) if not is_sparse]
-        self._wire = self._choose(dense)
+        self._wire = self._choose(dense, any(sparse))
         if self.compression != "none":
             self._wire = self._wire or _HorovodWire(self._name, self._ranks)
         self._set_up([p.shape for p in dense], self._wire, len(parameters) + 2)
@@ -206,16 +206,17 @@ class GradientAverager(_reduction.Averager):
         came = [] if torch.are_deterministic_algorithms_enabled() else [place[k] for k in self._came if k in place]
         return gather(came + [i for i in reversed(range(len(parameters))) if i not in set(came)])[0]
 
-    def _choose(self, dense: list[torch.Tensor]) -> MpiWire | None:
+    def _choose(self, dense: list[torch.Tensor], gathers_rows: bool) -> MpiWire | None:
         if self._adds_up_on_gpu() and any(p.device.type != "cpu" for p in dense):
-            _job.restart_horovod(hvd, "fast")  # another optimizer may have made it slow
+            _job.keep_quick(hvd)
+            self.reducer = "horovod"
             return None
 
         def by_horovod(numbers: np.ndarray) -> None:
             hvd.allreduce_(torch.from_numpy(numbers), name=f"{self._name}.trial", op=hvd.Sum, process_set=self._ranks)
 
         with watch.waiting(self._name):
-            return _reduction.choose(self._reducer, hvd, by_horovod, sum(p.numel() for p in dense))
+            return self._decide(hvd, by_horovod, sum(p.numel() for p in dense), gathers_rows)
 
     def _wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if self._compressor:
@@ -275,6 +276,7 @@ def _bytes(array: np.ndarray) -> torch.Tensor:
 
 def _average_sparse(gradient: torch.Tensor | None, parameter: torch.Tensor, scale: float, name: str) -> torch.Tensor:
     """The sum over all ranks of `scale` times a sparse COO gradient, by gathering every rank's rows."""
+    _job.keep_quick(hvd)  # also where the dense gradients beside it are added up by MPI
     if gradient is None:
         gradient = torch.zeros_like(parameter).to_sparse(1)
     gradient = gradient.coalesce()

@@ -39,11 +39,11 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def all_reduce_sum(vector: np.ndarray) -> np.ndarray:
-    """The sum of a float64 vector over all ranks."""
+def all_reduce_sum(vector: np.ndarray, name: str = "average()") -> np.ndarray:
+    """The sum of a float64 vector over all ranks, for what the name tells the watch."""
     ranks = _job.process_set()
     wire = _job.mpi_wire(hvd, ranks)
-    with watch.waiting("average()"):
+    with watch.waiting(name):
         if wire is not None:
             return wire.summed(vector)
         return hvd.allreduce(torch.from_numpy(vector), op=hvd.Sum, name="hvdkit.sum", process_set=ranks).numpy()

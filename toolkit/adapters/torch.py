@@ -11,7 +11,6 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from toolkit import watch
 from toolkit.adapters import _job, _reduction, _shared, _torch_batch_norm, _torch_ops, _torch_state
 from toolkit.adapters._torch_average import GradientAverager
 from toolkit.adapters._torch_data import Loader as Loader
@@ -163,6 +162,15 @@ class _Distributed(torch.optim.Optimizer):
         """The `compression` of `distribute`."""
         return self._averager.compression
 
+    @property
+    def reducer(self) -> str | None:
+        """Who adds up the gradients; see `toolkit.adapters._reduction.Averager`."""
+        return self._averager.reducer
+
+    @reducer.setter
+    def reducer(self, reducer: str) -> None:
+        self._averager.reducer = reducer
+
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
@@ -280,9 +288,8 @@ class _Distributed(torch.optim.Optimizer):
                 raise RunFailed(f"{first} not finite, and a step with a closure (LBFGS) can't be left out.")
             self._clip()
             loss = torch.as_tensor(loss).detach()
-            loss = loss if _job.reduces_on_gpu() else loss.cpu()
-            with watch.waiting("closure.loss"):
-                return hvd.allreduce(loss, name="closure.loss", op=hvd.Average, process_set=_job.process_set())
+            total = _torch_ops.all_reduce_sum(loss.reshape(1).double().cpu().numpy(), "closure.loss")
+            return torch.full_like(loss, total[0] / _job.process_set().size())
 
         return averaged
 

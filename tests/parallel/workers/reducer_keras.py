@@ -1,10 +1,14 @@
 """What reducer_cases.py needs of the tensorflow adapter and of the keras adapter on both backends."""
 
 import importlib
+import os
 import sys
 
 import keras
 import numpy as np
+
+from toolkit import tuning
+from toolkit.adapters import _job
 
 dp = importlib.import_module(f"toolkit.adapters.{sys.argv[1]}")
 TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -94,7 +98,8 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
         """Rows of an embedding travel by themselves, the dense weights beside them by the reducer."""
         for eager in (False, True):
             found = {}
-            for reducer in ("mpi", "horovod"):
+            for reducer in ("mpi", "auto"):
+                _job._cycles.update(fast=tuning.CYCLE_TIME, slow=tuning.SLOW_CYCLE)  # as after start()
                 trial = Trial([(9, 3), (4,)], eager=eager, reducer=reducer)
                 for _ in range(2):
                     trial.step([Rows([world.rank, world.rank, 8], (9, 3)), np.full(4, 1.0 + world.rank)])
@@ -103,6 +108,8 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
                 expected[: world.size], expected[8] = -4 / world.size, -2
                 np.testing.assert_allclose(table, expected, rtol=1e-6)
                 np.testing.assert_allclose(dense, -(1 + world.size), rtol=1e-6)
+                assert trial.averager().reducer == {"mpi": "mpi", "auto": "horovod"}[reducer]
+                assert os.environ["HOROVOD_CYCLE_TIME"] == tuning.CYCLE_TIME, "each step waits for Horovod"
             assert all(np.array_equal(a, b) for a, b in zip(*found.values(), strict=True))
 
     if TENSORFLOW:

@@ -1,9 +1,15 @@
 """What reducer_cases.py needs of torch, and the cases that only torch has."""
 
+import os
+from unittest import mock
+
+import horovod.torch as hvd
 import numpy as np
 import torch
 
 import toolkit.adapters.torch as dp
+from toolkit import tuning
+from toolkit.adapters import _job, _reduction
 
 
 class Trial:
@@ -20,7 +26,7 @@ class Trial:
     def step(self, gradients):
         """One pass with this rank's gradients: arrays, or None."""
         self.optimizer.zero_grad()
-        pairs = [(p, g) for p, g in zip(self.model, gradients, strict=True) if g is not None]
+        pairs = [(p, g) for p, g in zip(self.model, gradients, strict=True) if g is not None and p.requires_grad]
         if pairs:
             sum((p * torch.tensor(g).to(p.dtype)).sum().double() for p, g in pairs).backward()
         self.optimizer.step()
@@ -95,6 +101,79 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
         if world.size == 2:  # of two numbers there is one sum
             assert all(np.array_equal(a, b) for a, b in zip(*found.values(), strict=True))
 
+    slow = tuning.SLOW_CYCLE if world.groups == 1 else tuning.CYCLE_TIME
+
+    def cycle_after(*reducers, sparse=False):
+        """Who adds up for optimizers that are distributed one after the other, and Horovod's cycle in the end."""
+        if world.groups == 1:
+            _job._cycles.update(fast=tuning.CYCLE_TIME, slow=tuning.SLOW_CYCLE)  # as after start()
+        chosen = []
+        for reducer in reducers:
+            model = torch.nn.Sequential(torch.nn.Embedding(9, 3, sparse=sparse), torch.nn.Linear(3, 1))
+            optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model, reducer=reducer)
+            model(torch.tensor([world.rank])).sum().backward()
+            chosen.append(optimizer._averager.reducer)
+        return chosen, os.environ["HOROVOD_CYCLE_TIME"]
+
+    def quick():
+        """Horovod keeps its quick cycle as soon as a step waits for it, whoever else adds up by MPI."""
+        assert cycle_after("mpi") == (["mpi"], slow)
+        assert cycle_after("mpi", "horovod") == (["mpi", "horovod"], tuning.CYCLE_TIME)
+        assert cycle_after("horovod", "mpi") == (["horovod", "mpi"], tuning.CYCLE_TIME)
+        assert cycle_after("mpi") == (["mpi"], slow)
+        assert cycle_after("auto", sparse=True) == (["horovod"], tuning.CYCLE_TIME), "whose rows Horovod gathers"
+        assert cycle_after("mpi") == (["mpi"], slow)
+        assert cycle_after("mpi", sparse=True) == (["mpi"], tuning.CYCLE_TIME)
+
+    def stays():
+        """Whoever was the faster one at first adds up after the parameters have become others, too."""
+        for quicker, horovods in (("mpi", 1.0), ("horovod", 0.0)):
+            trial = Trial(shapes)
+            for seconds in (horovods, 1.0 - horovods):
+                with mock.patch.object(_reduction, "_seconds", side_effect=[seconds, 0.5]):
+                    trial.step(given(0, shapes))
+                assert trial.averager().reducer == quicker
+                trial.model[1].requires_grad_(False)
+                trial.model[1].grad = None
+
+    def own_sets():
+        """Horovod is not started again where that would lose the script's process sets, or begin its timeline anew."""
+        if world.groups > 1:
+            return  # which are process sets, so that nothing is ever started again
+        wanted = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1", "HOROVOD_CYCLE_TIME": tuning.CYCLE_TIME}
+        with mock.patch.dict(os.environ, wanted):
+            hvd.shutdown()
+            hvd.init()
+            own = hvd.add_process_set(range(world.size - 1, world.size))
+            assert cycle_after("mpi", "horovod", "mpi") == (["mpi", "horovod", "mpi"], tuning.CYCLE_TIME)
+            if own.included():
+                assert hvd.allreduce(torch.ones(1), process_set=own).item() == 1
+            hvd.remove_process_set(own)
+            with mock.patch.dict(os.environ, HOROVOD_TIMELINE="DYNAMIC"):
+                assert cycle_after("mpi") == (["mpi"], tuning.CYCLE_TIME)
+            assert cycle_after("mpi") == (["mpi"], slow)
+        hvd.shutdown()
+        hvd.init()
+
+    def closures():
+        """The mean of a closure's loss, by which LBFGS decides, comes by MPI too: Horovod is slow then."""
+        weight = torch.nn.Parameter(torch.zeros(3))
+        model = torch.nn.ParameterList([weight])
+        optimizer = dp.distribute(torch.optim.LBFGS([weight], max_iter=4), model, reducer="mpi")
+        losses = []
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (weight - world.rank).square().sum()
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        with mock.patch.object(hvd, "allreduce", side_effect=AssertionError("by Horovod")):
+            first = optimizer.step(closure)
+        assert first.dtype == torch.float32 and first.item() == np.mean(dp.gather(losses[0]))
+        np.testing.assert_allclose(weight.detach().numpy(), (world.size - 1) / 2, rtol=1e-5)
+
     ways = {
         "itself": lambda p: p.grad,
         "detached": lambda p: p.grad.detach(),
@@ -140,5 +219,9 @@ def own_cases(case, world, given, by_numpy, same_everywhere):
     case(flush, "flush_applies_the_passes_that_there_are")
     case(channels_last, "channels_last_weights_keep_their_layout")
     case(sparse_embeddings, "sparse_embeddings_beside_dense_weights")
+    case(quick, "horovod_stays_quick_where_a_step_waits_for_it")
+    case(stays, "the_choice_outlives_a_change_of_parameters")
+    case(own_sets, "horovod_is_not_started_again_under_process_sets")
+    case(closures, "a_closures_loss_comes_by_mpi")
     case(kept, "gradients_that_a_user_keeps_do_not_change")
     case(reused, "gradients_that_nobody_keeps_share_their_memory")
