@@ -136,7 +136,12 @@ FLAVOURS = {
 DISTANCES = {"fp16": 0.15, "bf16": 0.15, "int8": 0.15, "topk": 2.0, "topk:0.1": 0.15, "powersgd": 0.6}
 
 
-SHORT_RUNS = [("torch", scheme) for scheme in ("fp16", "int8", "topk:0.1", "powersgd")]
+SHORT_RUNS = [
+    ("torch", "int8"),
+    ("torch", "topk:0.1"),
+    ("tensorflow", "powersgd"),
+    ("keras on tensorflow", "fp16"),
+]
 SHORT_RESUMED = [("torch", "topk:0.1")]
 
 
