@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from toolkit import checkpoint_cli, hostfile, launch, restart, tune, verify
@@ -16,25 +18,65 @@ from toolkit.plan import command as plan
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand and return the exit code: 0, 1 where a check failed, 2 for a user's mistake."""
-    options = _parser().parse_args(arguments)
+    """Run a subcommand and return the exit code: 0, 1 where a check failed, 2 for a user's mistake, 130 at Ctrl-C."""
     try:
-        code = options.function(options)
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        with _signals_as_exit():
+            code = options.function(options)
         sys.stdout.flush()
         return code
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `hvdkit … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends
         return 128 + signal.SIGPIPE
+
+
+@contextlib.contextmanager
+def _signals_as_exit() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does: with what it has started and its temporary directories."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    kinds = (kind for kind in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(kind) is not signal.SIG_IGN)  # nohup
+    before = {kind: signal.signal(kind, leave) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a subcommand.
+
+    Raises:
+        UsageError: some are the script's own, as no -- stands before its command.
+    """
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    command: list[str] = getattr(options, "command", None) or getattr(options, "recipe", None) or []
+    forgotten = unknown and command and "--" not in arguments
+    if forgotten and arguments.index(command[0]) < arguments.index(unknown[0]):
+        name = options.subcommand
+        raise UsageError(
+            f"{unknown[0]} is no option of hvdkit {name}: put -- before the script's command: "
+            f"hvdkit {name} … -- {shlex.join(command)} …"
+        )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hvdkit", description="Proof and tools for data-parallel training.")
     parser.add_argument("--version", action="version", version=f"hvdkit {version('hvdkit')}")
     commands = parser.add_subparsers(
-        required=True, metavar="verify|checkpoint|restart|hosts|launch|doctor|env|tune|plan"
+        required=True, dest="subcommand", metavar="verify|checkpoint|restart|hosts|launch|doctor|env|tune|plan"
     )
 
     command = commands.add_parser(
@@ -90,11 +132,13 @@ def _positive(text: str) -> int:
 def _verify(options: argparse.Namespace) -> int:
     recipe, tolerance = verify.Recipe(options.recipe, options.timeout), options.tolerance
     print(f"{shlex.join(options.recipe)}: {options.steps} steps, tolerance {tolerance:g}", flush=True)
-    print(f"{'run':<16}{'loss differs':>14}{'weights differ':>16}  {'repeats':<9}verdict", flush=True)
     reference: verify.Outcome | None = None
     failed = False
     for size in options.np:
         outcome = recipe.run(size, options.steps)
+        if reference is None:
+            _check_began(options.recipe, outcome)
+            print(f"{'run':<16}{'loss differs':>14}{'weights differ':>16}  {'repeats':<9}verdict", flush=True)
         again = None if options.once or outcome.error else recipe.run(size, options.steps)
         repeats = "-" if again is None else "yes" if _same_bits(outcome, again) else "no"
         reason = _row(f"{size} worker(s)", reference, outcome, tolerance, repeats)
@@ -111,10 +155,17 @@ def _verify(options: argparse.Namespace) -> int:
                 print(f"  an epoch has {outcome.steps_per_epoch} steps: its last, smaller batch is not reached")
     if options.against and reference is not None:
         other = verify.Recipe(shlex.split(options.against), options.timeout).run(options.np[0], options.steps)
+        _check_began(shlex.split(options.against), other)
         found = _row("against", reference, other, options.against_tolerance, "-")
         failed |= found is not None
         print(f"  {options.against}{': ' + other.error if other.error else ''}")
     return 1 if failed else 0
+
+
+def _check_began(command: list[str], outcome: verify.Outcome) -> None:
+    """Raise `UsageError` where a command failed before it trained at all: that is no proof, as with a misspelt name."""
+    if outcome.error and not outcome.began:
+        raise UsageError(f"{shlex.join(command)} fails before it trains: {outcome.error}")
 
 
 def _row(

@@ -102,7 +102,7 @@ def choose(name: str, output: Path | None, resume: bool) -> Path:
             for place in (output, *output.glob("fold-*")):  # that a run is at work there is the better reason
                 if (place / LOCK).exists():
                     _hold(place).release()
-            raise UsageError(f"{output} is not an empty directory: choose another --output, or add --resume.")
+            raise _taken(output)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {output} can't be made: {error.strerror}.") from None
@@ -123,7 +123,7 @@ def claim(directory: Path, resume: bool, patience: float = 0) -> Claim:
     held = _hold(directory, patience)
     if not resume and _entries(directory):
         held.release()
-        raise UsageError(f"{directory} is not an empty directory: choose another --output, or add --resume.")
+        raise _taken(directory)
     if held.locked:  # or they might be another's that is at work
         checkpoint.remove_leftovers(directory)
         remove_leftovers(directory)
@@ -139,6 +139,18 @@ def _hold(directory: Path, patience: float = 0) -> Claim:
         else:
             text = f"it can't be written to ({checkpoint.reason(error)}): make it writable, or choose"
         raise UsageError(f"{directory}: {text} another --output.") from None
+
+
+def _taken(place: Path) -> UsageError:
+    """Why no new run can have a place, and what it is: --resume helps with a run alone."""
+    if not place.is_dir():
+        return UsageError(f"{place} is a file: give --output a directory that is empty, or not there yet.")
+    others = sorted(set(_entries(place)) - {FILE})  # of a run that failed before its first row
+    if others and not (checkpoint.steps(place) or (place / _METRICS).exists() or any(place.glob("fold-*"))):
+        return UsageError(
+            f"{place} is not an empty directory, and no run's (it has {ascii(others[0])}): choose another --output."
+        )
+    return UsageError(f"{place} is not an empty directory, but a run's: choose another --output, or add --resume.")
 
 
 def _entries(directory: Path) -> list[str]:

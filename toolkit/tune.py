@@ -15,10 +15,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,6 +116,7 @@ class Recipe:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         try:
             _, printed = process.communicate(timeout=self.timeout)
@@ -291,17 +290,14 @@ def _settings(text: str) -> tuple[str, ...]:
 def _command(options: argparse.Namespace) -> int:
     ended = time.monotonic() + 60 * options.minutes
     recipe = Recipe(_specification(options), launch.find(options.launcher, os.environ), options.timeout)
-    with _signals_as_exit():
-        search, first = _begin(recipe, options.steps, ended)
-        job = first.job
-        hosts = f" on {job.workers // job.local_workers} hosts" if job.local_workers < job.workers else ""
-        print(f"{shlex.join(options.command)}: {job.workers} worker(s){hosts}, {job.cores} core(s)", flush=True)
-        print(
-            f"{1000 * first.median():.3g} ms a step, {search.steps} steps a run of {search.took[-1]:.1f} s", flush=True
-        )
-        mpi = "" if options.launcher == "srun" else recipe.installed.mpi or "none"
-        found = _search(search, first, list(candidates(first, mpi, os.environ)), options.settings)
-        gain = search.confirm(found) if found else None
+    search, first = _begin(recipe, options.steps, ended)
+    job = first.job
+    hosts = f" on {job.workers // job.local_workers} hosts" if job.local_workers < job.workers else ""
+    print(f"{shlex.join(options.command)}: {job.workers} worker(s){hosts}, {job.cores} core(s)", flush=True)
+    print(f"{1000 * first.median():.3g} ms a step, {search.steps} steps a run of {search.took[-1]:.1f} s", flush=True)
+    mpi = "" if options.launcher == "srun" else recipe.installed.mpi or "none"
+    found = _search(search, first, list(candidates(first, mpi, os.environ)), options.settings)
+    gain = search.confirm(found) if found else None
     return _tell(options, search, first, found, gain)
 
 
@@ -412,18 +408,3 @@ def _more(options: argparse.Namespace, search: Search, gain: paired.Gain) -> dic
         },
         "steps_of_a_run": search.steps,
     }
-
-
-@contextlib.contextmanager
-def _signals_as_exit() -> Iterator[None]:
-    """Have SIGTERM and Ctrl-C end the run under way, remove its directory, and end this process without a traceback."""
-
-    def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = {kind: signal.signal(kind, leave) for kind in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,12 +36,14 @@ class Outcome:
         weights: the model's tensors at the end, by name.
         steps_per_epoch: steps in each epoch, the last of which has what is left of the samples.
         error: the run's own last words where it failed; then the rest is empty.
+        began: whether it came as far as making its directory, or was still under way when its time was up.
     """
 
     losses: np.ndarray
     weights: Mapping[str, np.ndarray]
     steps_per_epoch: int = 0
     error: str = ""
+    began: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,13 @@ class Recipe:
             environment = {**ours, **os.environ}
             try:
                 process = subprocess.Popen(
-                    line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                    line,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
                 )
             except FileNotFoundError as error:
                 raise UsageError(f"{error.filename} is not found: give a command that runs.") from None
@@ -112,21 +121,28 @@ class Recipe:
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 return _failed(f"the run did not end within {self.timeout:g} s")
-            return _failed(last_words(printed)) if process.returncode else _read(output)
+            return _failed(last_words(printed), output.exists()) if process.returncode else _read(output)
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a launcher by SIGTERM, at which it ends its workers; only if it lingers by SIGKILL."""
+    """End a launcher by SIGTERM, at which it ends its workers; only if it lingers by SIGKILL.
+
+    It is in a session of its own: a terminal's Ctrl-C would reach it too, and at a second signal mpirun leaves its
+    workers to themselves, which write on. Hence another Ctrl-C has to wait meanwhile.
+    """
     process.terminate()
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.communicate(timeout=20)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
-def _failed(error: str) -> Outcome:
-    return Outcome(np.zeros(0), {}, error=error)
+def _failed(error: str, began: bool = True) -> Outcome:
+    return Outcome(np.zeros(0), {}, error=error, began=began)
 
 
 def last_words(printed: str) -> str:

@@ -1,11 +1,15 @@
 """`hvdkit verify` passes what is right and finds, and names, what is not."""
 
+import contextlib
+import os
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from tests.launching import WORKERS, launch
+from tests.launching import WORKERS, begin, kill_marked, launch, seconds_until_gone
 from toolkit import verify
 
 FOUND = {
@@ -75,12 +79,14 @@ def test_against_another_framework():
         (["nowhere-to-be-found"], "nowhere-to-be-found is not found"),
         ([sys.executable, "-c", "pass"], "no checkpoint"),
         ([sys.executable, "x.py", "--batch-size=3"], "--batch-size"),
+        ([sys.executable, "nope.py"], "nope.py fails before it trains: "),
     ],
 )
 def test_a_mistake_is_one_line(recipe, text):
     result = launch(1, ["-m", "toolkit.cli", "verify", "-np", "1", "--", *recipe], launcher="none")
     assert result.returncode == 2
     assert text in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert "verdict" not in result.stdout, "a table of results"
 
 
 def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path):
@@ -88,6 +94,52 @@ def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path):
     command = ["-m", "toolkit.cli", "verify", "-np", "2", "--timeout", "3", "--", sys.executable, tmp_path / "hangs.py"]
     result = launch(1, command, launcher="none")  # which checks that nothing is left
     assert result.returncode == 1 and "did not end within 3 s" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_command_that_is_held_against_the_recipe_and_does_not_train():
+    other = f"{sys.executable} nope.py"
+    command = ["-np", "1", "--once", "--steps", "1", "--against", other, "--", sys.executable, WORKERS / "planted.py"]
+    result = launch(1, ["-m", "toolkit.cli", "verify", *command], launcher="none", environment={"PLANTED": ""})
+    assert result.returncode == 2 and "nope.py fails before it trains: " in result.stderr, result.stderr
+    assert "FAIL" not in result.stdout
+
+
+WRITES_ON = """
+import os, sys, time
+place = sys.argv[sys.argv.index("--output") + 1]
+while True:
+    os.makedirs(place, exist_ok=True)  # as a run makes its directory again
+    open(f"{place}/{os.getpid()}", "w").close()
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "numbers", "code"),
+    [(1, [signal.SIGINT], 130), (2, [signal.SIGINT, signal.SIGINT], 130), (2, [signal.SIGTERM], 143)],
+    ids=["one worker", "two, pressed twice", "SIGTERM"],
+)
+def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, size, numbers, code):
+    (tmp_path / "writes.py").write_text(WRITES_ON)
+    command = ["-c", "import os, sys; os.setpgrp(); from toolkit.cli import main; sys.exit(main())", "verify"]
+    command += ["-np", str(size), "--", sys.executable, tmp_path / "writes.py"]
+    process, mark = begin(1, command, launcher="none", environment={"TMPDIR": str(tmp_path)})
+    try:
+        end = time.monotonic() + 60
+        while len(list(tmp_path.glob("hvdkit-verify-*/run/*"))) < size and time.monotonic() < end:
+            time.sleep(0.05)
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):  # that is gone already at the first
+                os.killpg(process.pid, number)  # a terminal's Ctrl-C is for the whole group
+            time.sleep(0.2)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == code and said == ""
+        assert seconds_until_gone(mark, 10) < 10
+        assert list(tmp_path.glob("hvdkit-verify-*")) == [], "its directory is left"
+    finally:
+        kill_marked(mark)
+        process.kill()
+        process.communicate()
 
 
 def outcome(losses, **weights):

@@ -243,3 +243,24 @@ def test_where_nothing_can_be_written_is_one_line(tmp_path, monkeypatch, place, 
         output.claim(output.choose("x", Path(place), resume), resume)
     assert place in str(refused.value) and len(str(refused.value).splitlines()) == 1
     assert os.listdir() == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        ("file", "x is a file: give --output a directory"),
+        ("other", "x is not an empty directory, and no run's (it has 'thesis.tex'): choose another --output."),
+        ("metrics.jsonl", "choose another --output, or add --resume."),
+        ("step-00000003", "choose another --output, or add --resume."),
+        ("fold-1", "choose another --output, or add --resume."),
+    ],
+)
+def test_resume_is_advised_for_a_run_alone(tmp_path, made, text):
+    place = tmp_path / "x"
+    if made == "file":
+        place.touch()
+    else:
+        (place / ("thesis.tex" if made == "other" else made)).mkdir(parents=True)
+    with pytest.raises(UsageError) as raised:
+        output.choose("mine", place, resume=False)
+    assert text in str(raised.value) and ("--resume" in str(raised.value)) == (made not in ("file", "other"))

@@ -14,7 +14,7 @@ from tests.benchmarks import published
 from toolkit import compression
 from toolkit.cli import main
 from toolkit.errors import UsageError
-from toolkit.plan import cost, measure, step
+from toolkit.plan import cost, measure, plot, step
 from toolkit.plan.cost import Link, Links
 from toolkit.plan.schemes import Compression, Gradients
 from toolkit.plan.step import Compute, Training
@@ -269,7 +269,7 @@ def test_the_verdict_is_of_the_table(capsys):
 
 def test_a_compression_that_is_told_its_cost(capsys):
     out = told(capsys, *ALL_TOLD, "--compression-ms", "fp16=1", "--compression-ms", "int8=500")
-    assert "fp16 saves" in out and "int8 loses" in out and "bf16 if it costs less than" in out
+    assert "pay? A step: fp16 saves" in out and "int8 loses" in out and "bf16 if it costs less than" in out
     (line,) = [line for line in out.splitlines() if line.startswith("Between hosts it pays on 2 workers")]
     assert line.endswith("fp16 below 3.9e+02 Gbit/s, int8 below 1.2 Gbit/s.")
 
@@ -376,9 +376,31 @@ def test_a_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for kind in ("png", "svg"):
         file = tmp_path / f"plan.{kind}"
-        told(capsys, *ALL_TOLD, "--plot", str(file))
+        assert told(capsys, *ALL_TOLD, "--plot", str(file)).endswith(f"\nwrote {file}\n")
         assert file.stat().st_size > 5000
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_a_plot_can_be_told_apart_and_its_title_fits(tmp_path, monkeypatch):
+    """Also where they run one along another: bands each narrower than the one below, and dashes in turns."""
+    figures = pytest.importorskip("matplotlib.figure")
+    shown = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
+    training = Training(Compute(0.1, 32), Gradients(1e8), Links(NETWORKS[0], LOCAL, 4))
+    plot.write(tmp_path / "plan.png", training, step.worker_counts(4, 64), "python recipe.py: 8 ms a step " * 9)
+    (figure,) = shown
+    for axes in figure.axes:
+        ideal, *lines = axes.lines
+        assert [line.get_label() for line in lines] == [n + o for o in ("", ", overlap") for n in cost.ALL_REDUCES]
+        widths = [line.get_linewidth() for line in lines]
+        assert widths[0] > widths[1] > widths[2] > widths[3] and all(line.get_alpha() for line in lines[:3])
+        (on, off), offsets = lines[3]._unscaled_dash_pattern[1], [x._unscaled_dash_pattern[0] for x in lines[3:]]
+        assert offsets == [0, on, 2 * on] and off == 2 * on
+    legend = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert legend[0] == "each worker as fast as one" and len(legend) == 7
+    figure.canvas.draw()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):

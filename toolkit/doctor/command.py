@@ -62,8 +62,6 @@ def _doctor(options: argparse.Namespace) -> int:
         return asyncio.run(_look(plan, options.json, facts, mpirun, told))
     except asyncio.CancelledError:
         return 128 + told[0]
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
 
 
 def _mpirun() -> Installed | UsageError:

@@ -132,8 +132,10 @@ def _plan(options: argparse.Namespace) -> int:
     print("\n".join(lines), flush=True)
     if options.plot is not None:
         plot.write(options.plot, training, counts, made.about[0])
+        print(f"wrote {options.plot}", flush=True)
     if options.json is not None:
         _write(options.json, training, counts)
+        print(f"wrote {options.json}", flush=True)
     return 0
 
 

@@ -171,6 +171,7 @@ def _begin(
             stdout=subprocess.DEVNULL,
             stderr=said,
             text=True,
+            start_new_session=True,
         )
     except OSError as error:
         raise UsageError(f"{line[0]} can't be run ({error.strerror}): give a command that runs.") from None

@@ -114,7 +114,7 @@ def _compressed(training: Training, workers: int) -> str:
             said.append(f"{c.name} if it costs less than {_ms(most)} ms")
         else:
             said.append(f"{c.name} {'saves' if most > c.seconds else 'loses'} {_ms(abs(most - c.seconds))} ms")
-    return f"On {workers} workers without overlap, compression pays a step: {', '.join(said)}."
+    return f"On {workers} workers without overlap, does compression pay? A step: {', '.join(said)}."
 
 
 def _break_even(training: Training, workers: int) -> list[str]:
