@@ -80,7 +80,7 @@ class GradientAverager(_torch_average.GradientAverager):
     """Averages gradients over all ranks; None counts as zero, and stays None where it is on every rank."""
 
     @torch.compiler.disable  # under jit_compile=True: Horovod's operations are no part of a compiled graph
-    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    def __call__(self, gradients: list[Any], variables: Sequence[Any]) -> list[Any]:
         """The mean of each gradient over all ranks."""
         return super().__call__(gradients, [v.value for v in variables])
 

@@ -45,7 +45,7 @@ class GradientAverager(_reduction.Averager):
 
     def __call__(
         self,
-        gradients: Sequence[torch.Tensor | None],
+        gradients: list[torch.Tensor | None],
         parameters: Sequence[torch.Tensor],
         sparse: Sequence[bool] | None = None,
         passes: int = 1,
@@ -61,7 +61,8 @@ class GradientAverager(_reduction.Averager):
             passes: backward passes that the gradients are the sum of: their mean is taken over these too.
 
         Returns:
-            Views of the buffers, which are used again once nobody else holds them.
+            Views of the buffers, which are used again once nobody else holds them; the list of the gradients itself
+            where they are their mean.
         """
         self.broken = None
         if not parameters:
@@ -78,6 +79,11 @@ class GradientAverager(_reduction.Averager):
             return self._means(gradients, passes)
         finally:
             torch._C._set_grad_enabled(builds_graph)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one worker, whose gradients are their mean."""
+        return self._size == 1
 
     @property
     def overlaps(self) -> bool:
@@ -158,11 +164,11 @@ class GradientAverager(_reduction.Averager):
         if broken > 0 and self.broken is None:
             self.broken = ELSEWHERE
 
-    def _alone(self, gradients: Sequence[torch.Tensor | None], passes: int) -> list[torch.Tensor | None]:
+    def _alone(self, gradients: list[torch.Tensor | None], passes: int) -> list[torch.Tensor | None]:
         exchange.heard |= exchange.flag
         if exchange.guarded and not are_finite(gradients):
             self.broken = next(i for i, g in enumerate(gradients) if not are_finite([g]))
-        return [g if g is None or passes == 1 else g / passes for g in gradients]
+        return gradients if passes == 1 else [g if g is None else g / passes for g in gradients]
 
     def _lay_out(self, parameters: list[torch.Tensor], sparse: Sequence[bool]) -> None:
         if self._buckets is not None:

@@ -143,6 +143,7 @@ class _Distributed(torch.optim.Optimizer):
         self._sparse = _sparse_parameters(model)
         self._accumulation_steps, self._clip_norm = accumulation_steps, clip_norm
         self._averager = GradientAverager(_job.collective_name(), compression, reducer)
+        self._one_calls = self._averager.is_alone and accumulation_steps == 1
         self._passes = 0  # backward passes since the last step
         self._passes_at_step = 0  # and how many of them the latest step() knew
         self._open: set[int] = set()  # backward passes at whose end our callback is queued
@@ -175,14 +176,20 @@ class _Distributed(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _hook_parameters(self) -> None:
-        """Have each parameter call us once its gradient is there, in place of an earlier optimizer's hook."""
+        """Have parameters call us once their gradients are there, in place of an earlier optimizer's hooks.
+
+        Of one worker's only the last one does: where a backward pass does not reach it, `step` is early enough, as
+        nobody waits for these gradients, and they are their own mean. Accumulated passes must all be counted.
+        """
         hook = self._send_when_ready if self._averager.overlaps else self._queue_callback
-        for p in self._parameters():
+        parameters = self._parameters()
+        for p in parameters:
             owner, handle = getattr(p, _HOOK, (None, None))
             if owner is not self:
                 if handle is not None:
                     handle.remove()
-                setattr(p, _HOOK, (self, p.register_post_accumulate_grad_hook(hook)))
+                calls = not self._one_calls or p is parameters[-1]
+                setattr(p, _HOOK, (self, p.register_post_accumulate_grad_hook(hook) if calls else None))
 
     def _queue_callback(self, _: torch.Tensor) -> None:
         """After a parameter's gradient: have the engine call us once, at the end of this backward pass."""
@@ -233,15 +240,18 @@ class _Distributed(torch.optim.Optimizer):
             )
         self._held = []
         sparse = [id(p) in self._sparse for p in parameters] if self._sparse else None
-        means = self._averager([p.grad for p in parameters], parameters, sparse, passes)
+        gradients = [p.grad for p in parameters]
+        means = self._averager(gradients, parameters, sparse, passes)
         broken = self._averager.broken
         self._broken = None if broken is None else self._names[id(parameters[broken])] if broken >= 0 else ""
-        for p, mean in zip(parameters, means, strict=True):
-            p.grad = mean
+        if means is not gradients:
+            for p, mean in zip(parameters, means, strict=True):
+                p.grad = mean
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters from the averaged gradients; while accumulating, do nothing."""
-        self._hook_parameters()
+        if not self._one_calls:
+            self._hook_parameters()
         if closure is not None:
             if self._accumulation_steps > 1:
                 raise UsageError("step(closure) evaluates whole batches: use accumulation_steps=1 with it.")

@@ -14,6 +14,7 @@ import torch
 
 import toolkit.adapters.torch as dp
 from tests.parallel.workers.cases import case, run_cases
+from toolkit.adapters._torch_buffer import are_finite
 from toolkit.errors import UsageError
 from toolkit.sharding import Sharding
 
@@ -563,6 +564,32 @@ def a_new_optimizer_takes_over_the_old_ones_parameters():
     optimizer = dp.distribute(torch.optim.SGD(model.parameters(), lr=0.05), model)
     train(model, optimizer, mine)
     assert_close(model, reference)
+
+
+@case
+def one_workers_backward_pass_calls_once():
+    for passes in (1, 2):
+        model, optimizer = new(torch.optim.SGD)
+        dp.distribute(optimizer, model, accumulation_steps=passes)
+        hooks = [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
+        all_call = WORLD.size > 1 or passes > 1
+        assert hooks == [1 if all_call or i == len(hooks) - 1 else 0 for i in range(len(hooks))], (passes, hooks)
+
+
+@case
+def what_is_not_finite_is_found_among_small_and_large():
+    shapes = [(3,), (200, 200), (5, 5), (), (0,)]
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [torch.ones(shape, dtype=dtype) for shape in shapes] + [torch.ones(4, dtype=torch.float64), None]
+        assert are_finite(tensors)
+        for tensor in tensors[:4]:
+            for wrong in (float("nan"), float("inf"), -float("inf")):
+                tensor.view(-1)[-1] = wrong
+                assert not are_finite(tensors)
+            tensor.view(-1)[-1] = 1
+        for i in (0, 2):
+            tensors[i].fill_(torch.finfo(dtype).max)
+        assert are_finite(tensors), "a sum that overflows is of finite numbers"
 
 
 @case
