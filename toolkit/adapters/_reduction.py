@@ -164,7 +164,7 @@ def choose(
         UsageError: "mpi" without MPI, unless that was found by `hvdkit tune`; then it is Horovod.
     """
     demanded = reducer != "auto" or _job.is_users("HVDKIT_REDUCER")
-    if reducer == "auto":
+    if reducer == "auto" and (demanded or before is None):  # what `hvdkit tune` has found since does not count
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
         _shared.check_reducer(reducer)
     ranks = _job.process_set()
