@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.launching import WORKERS, launch
+from tests.launching import WORKERS, launch, some_long
 
 TORCH, KERAS = WORKERS / "batch_norm_torch.py", WORKERS / "batch_norm_keras.py"
 CASES = re.findall(r"@case\ndef (\w+)", TORCH.read_text())
@@ -36,7 +36,7 @@ def test_groups_normalise_by_themselves():
 
 @pytest.mark.parametrize("case", KERAS_CASES)
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
-@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+@pytest.mark.parametrize("backend", some_long(["tensorflow", "torch"], short=["tensorflow"]))
 def test_keras(backend, size, case):
     printed, told = run(size, KERAS, "keras", KERAS_BACKEND=backend)
     assert f"passed {case}\n" in printed, told

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tests.launching import WORKERS, launch
+from tests.launching import WORKERS, launch, some_long
 from tests.parallel.workers.compression_cases import BROKEN, SCHEMES, average_all
 from tests.rank_threads import Ranks
 
 SUMMED_BY_MPI = ("none", "powersgd", "powersgd:1")  # in an order of its own
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", some_long([1, 2, 3], short=[3]))
 def test_ranks_of_mpi_compute_what_threads_do(size, tmp_path):
     result = launch(size, [WORKERS / "compression_cases.py", tmp_path])
     assert result.returncode == 0, result.stderr[-3000:]

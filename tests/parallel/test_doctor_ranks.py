@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import BIN, MARK, ROOT, clean_environment, kill_marked, marked
+from tests.launching import BIN, MARK, ROOT, clean_environment, kill_marked, marked, some_long
 from tests.single import gpu_host
 from toolkit import launch
 from toolkit.doctor import measure, probe
@@ -187,7 +187,7 @@ def test_more_ranks_than_cores():
     assert code == 1 and not check["ok"] and f"for {cores + 1} ranks" in check["found"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", some_long([signal.SIGTERM, signal.SIGHUP, signal.SIGINT], short=[signal.SIGTERM]))
 def test_told_to_stop_it_leaves_nothing(number):
     process, mark = begin("--framework", SHORTEST)
     try:

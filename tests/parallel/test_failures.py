@@ -79,7 +79,7 @@ def test_a_stopped_rank_ends_the_job_in_time(launcher, rank, tmp_path):
     [
         ("torch", "mpirun", 1),
         pytest.param("tensorflow", "mpirun", 0, marks=long),
-        ("tensorflow", "horovodrun-gloo", 1),  # Horovod's own inspector looked at no rank there
+        pytest.param("tensorflow", "horovodrun-gloo", 1, marks=long),  # Horovod's own inspector looked at no rank there
         pytest.param("keras-tensorflow", "mpirun", 1, marks=long),
         pytest.param("keras-tensorflow", "horovodrun-gloo", 0, marks=long),
     ],

@@ -6,8 +6,9 @@ import pytest
 
 from tests.launching import WORKERS, launch
 
-SHORT = [("input_torch", "", 3), ("input_keras", "tensorflow", 2), ("input_keras", "torch", 2)]
-ALL = [(worker, backend, size) for worker, backend, _ in SHORT for size in (1, 2, 3)]
+PIPELINES = [("input_torch", ""), ("input_keras", "tensorflow"), ("input_keras", "torch")]
+SHORT = [("input_torch", "", 3), ("input_keras", "tensorflow", 2)]
+ALL = [(*pipeline, size) for pipeline in PIPELINES for size in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(

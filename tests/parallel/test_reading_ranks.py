@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.launching import WORKERS, launch
+from tests.launching import WORKERS, launch, some_long
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", some_long([1, 2], short=[2]))
 def test_the_thread_ends_with_its_loop(size, tmp_path):
     launcher = "none" if size == 1 else "mpirun"
     result = launch(size, [WORKERS / "reading_cases.py", tmp_path], launcher=launcher)

@@ -37,7 +37,6 @@ JOBS = {
     "keras on torch, alone": ("keras", 1, 1, "none", KERAS_ON_TORCH, ANYWHERE),
 }
 SHORT = [
-    "torch, 2 ranks",
     "torch, 3 ranks",
     "torch, 2 groups of 2",
     "torch, horovodrun --gloo",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.launching import ROOT, WORKERS, launch
+from tests.launching import ROOT, WORKERS, launch, some_long
 from toolkit import step_times, tuned, tuning
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -67,7 +67,7 @@ LEFT_ALONE = {
 }
 
 
-@pytest.mark.parametrize("why", LEFT_ALONE)
+@pytest.mark.parametrize("why", some_long(LEFT_ALONE, short=["another machine", "the user's word"]))
 def test_what_was_found_is_left_alone(tmp_path, why):
     environment, arguments, told = LEFT_ALONE[why]
     keep(tmp_path, TUNED, replace(JOB, cores=999) if why == "another machine" else JOB)
@@ -108,7 +108,7 @@ THREADS = {
 }
 
 
-@pytest.mark.parametrize("how", THREADS)
+@pytest.mark.parametrize("how", some_long(THREADS, short=["a call, torch", "variables", "between operations"]))
 def test_threads_that_the_user_set_are_left_alone(how):
     arguments, environment, threads, told = THREADS[how]
     result = launch(1, [WORKERS / "threads_cases.py", *arguments], launcher="none", environment=environment)
@@ -144,7 +144,7 @@ def test_a_reducer_is_a_wish_of_the_file_and_a_demand_of_the_user(tmp_path, who)
         assert 'reducer="mpi" needs workers that were started by MPI' in result.stderr
 
 
-@pytest.mark.parametrize("framework", ["torch", "tensorflow", "keras"])
+@pytest.mark.parametrize("framework", some_long(["torch", "tensorflow", "keras"], short=["torch"]))
 def test_the_times_of_a_runs_steps(tmp_path, framework):
     path = tmp_path / "times.json"
     command = [ROOT / f"recipes/linear_regression_{framework}.py", "--output", tmp_path / "run", "--max-steps", "9"]

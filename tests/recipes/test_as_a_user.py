@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch, some_long
 from toolkit import datasets
 
 TORCH = "recipes/cnn_torch.py"
@@ -78,7 +78,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", some_long([1, 2], short=[2]))
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_exit_code_2_and_nothing_written(mistake, size, mnist, tmp_path):
     arguments, damage, named = MISTAKES[mistake]
@@ -106,7 +106,7 @@ TENSORFLOWS_OWN = ("WARNING: All log messages", "I0000 ", "To enable the followi
         *(pytest.param(m, marks=pytest.mark.long) for m in ("batch size of 0", "no data directory")),
     ],
 )
-@pytest.mark.parametrize("recipe", ["cnn_tensorflow", "cnn_keras"])
+@pytest.mark.parametrize("recipe", some_long(["cnn_tensorflow", "cnn_keras"], short=["cnn_tensorflow"]))
 def test_a_mistake_is_one_line_in_every_framework(recipe, mistake, mnist, tmp_path):
     arguments, damage, named = MISTAKES[mistake]
     if damage:

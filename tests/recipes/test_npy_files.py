@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.launching import WORKERS, launch
+from tests.launching import WORKERS, launch, some_long
 from toolkit import checkpoint, datasets
 
 FLAVOURS = {
@@ -46,7 +46,7 @@ def metrics(output):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", some_long(FLAVOURS, short=["torch", "keras on tensorflow"]))
 def test_from_files_as_from_memory(flavour, files, tmp_path):
     train(flavour, tmp_path / "memory")
     stopped = train(flavour, tmp_path / "files", "--data-dir", files, "--max-steps", "17", ahead=True)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT, launch, some_long
 
 
 def scripts(file):
@@ -40,7 +40,7 @@ def test_script_of_the_readme(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("model.")]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", some_long(RUNS, short=["torch", "keras on tensorflow"]))
 def test_script_on_ones_own_data(run, tmp_path):
     printed = launch_checked("docs/data.md", run, tmp_path, "--epochs", "2", "--audit")
     assert printed.count("1000 samples, 0 missed, 0 repeated") == 2

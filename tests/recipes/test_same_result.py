@@ -52,7 +52,7 @@ def weights(output):
     return {name: array for name, array in state.items() if name.startswith("model/")}
 
 
-@pytest.mark.parametrize("size", some_long([1, 2, 3, 4], short=[1, 3]))
+@pytest.mark.parametrize("size", some_long([1, 2, 3, 4], short=[3]))
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_linear_regression_reaches_numpys_least_squares(train, flavour, size):
     data = datasets.diabetes()
@@ -70,8 +70,8 @@ SMALL = ("--global-batch-size", "50", "--learning-rate", "0.01")
 CNN = ("--max-steps", "50", *SMALL)
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.long), 4])
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("size", some_long([2, 4], short=[4]))
+@pytest.mark.parametrize("flavour", some_long(FLAVOURS, short=["torch", "keras on tensorflow"]))
 def test_cnn_losses_do_not_depend_on_the_number_of_workers(train, flavour, size):
     one, many = losses(train("cnn", flavour, 1, *CNN)), losses(train("cnn", flavour, size, *CNN))
     assert len(one) == 50 and one[-1] < one[0] - 0.1  # it has learnt something
@@ -116,7 +116,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize("recipe", some_long(RANDOM, short=["cnn"]))
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", some_long(FLAVOURS, short=["torch", "tensorflow", "keras on torch"]))
 def test_a_resumed_run_is_the_uninterrupted_one(train, flavour, recipe):
     """To the bit: weights, optimizer, random states of every rank, metrics."""
     stop = STOPS[flavour][recipe]
