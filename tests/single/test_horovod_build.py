@@ -772,7 +772,7 @@ def of_the_guides():
                 yield [f"FRAMEWORKS={other}" if word.startswith("FRAMEWORKS=") else word for word in words]
 
 
-@pytest.mark.parametrize("words", of_the_guides(), ids=" ".join)
+@pytest.mark.parametrize("words", list(of_the_guides()), ids=" ".join)
 def test_make_takes_what_the_guides_show(tmp_path, words):
     done = make("-n", f"VENV={tmp_path}", *words)
     assert done.returncode == 0, done.stderr
