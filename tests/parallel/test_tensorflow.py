@@ -17,7 +17,7 @@ def run(request):
     size = request.param
     if size not in RUNS:
         launcher = "none" if size == 1 else "mpirun"
-        result = launch(size, [WORKERS / "tensorflow_cases.py"], launcher=launcher, environment=STALLED, timeout=280)
+        result = launch(size, [WORKERS / "tensorflow_cases.py"], launcher=launcher, environment=STALLED, timeout=560)
         RUNS[size] = (
             result.stdout,
             f"exit code {result.returncode}\n{result.stdout}\n{result.stderr[-3000:]}",
