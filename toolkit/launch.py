@@ -53,7 +53,9 @@ _LONGEST_WORD = 100_000  # bytes; Linux takes 131,072
 # and end the job. By their own settings they wait 8 minutes; with something under way to it, for TCP, some 15: so it is
 # sooner than a fifth of the default --stall-timeout, when the lost host's worker warns.
 _ALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "10", "oob_tcp_keepalive_probes": "3"}
+_WITH_DOMAINS = {"orte_keep_fqdn_hostnames": "1"}  # else they cut names at the first dot, and log in to what is left
 
+_UNREACHED = 255  # Open MPI's exit code where a daemon of its own did not begin; ssh's too
 _PATH = re.compile(r"/[A-Za-z0-9_@+=.,/-]*")
 _DIRECTORY = re.compile(r"/[A-Za-z0-9_@+=./-]*")  # Open MPI 5 has its own use for commas, the others for : and %
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")  # of at most 15 characters, as in Linux
@@ -167,7 +169,7 @@ class _Job:
     travels: tuple[str, ...]  # names of variables, each set
     settings: Mapping[str, str]  # variables for the ranks
     cores_per_rank: int | None  # in a Slurm job that says so
-    alive: tuple[str, ...]  # options of Open MPI 4 by which its daemons notice a lost host; those not set already
+    daemons: tuple[str, ...]  # options of Open MPI 4 for its own daemons; those not set already
 
     @property
     def ssh(self) -> list[str]:
@@ -344,7 +346,15 @@ def _command(options: argparse.Namespace) -> int:
     for note in _notes(given, os.environ):
         print(f"note: {note}", file=sys.stderr)
     print(made, flush=True)
-    return 0 if options.dry_run else run(made, given.log_directory)
+    if options.dry_run:
+        return 0
+    code = run(made, given.log_directory)
+    if code == _UNREACHED and given.hosts:
+        named = (("--hostfile", options.hostfile), ("-H", options.hosts))
+        doctor = shlex.join(["hvdkit", "doctor", *(word for pair in named if pair[1] for word in pair)])
+        told = f"{options.launcher} ended with {code}, as it does where it can't reach a host"
+        print(f"hvdkit launch: {told}: `{doctor}` says which, and why.", file=sys.stderr)
+    return code
 
 
 def _notes(given: Specification, environment: Mapping[str, str]) -> list[str]:
@@ -427,7 +437,7 @@ def _job(given: Specification, installed: Installed, environment: Mapping[str, s
         travels=travelling(given.variables, environment, settings),
         settings=settings,
         cores_per_rank=int(cores) if re.fullmatch("[1-9][0-9]{0,5}", cores) else None,
-        alive=_alive(environment) if len(here) < len(hosts) else (),
+        daemons=_daemons(hosts, environment) if len(here) < len(hosts) else (),
     )
 
 
@@ -456,8 +466,10 @@ def travelling(asked: Iterable[str], environment: Mapping[str, str], settings: M
     return tuple(name for name in dict.fromkeys(plain) if name not in settings and name != FILE)
 
 
-def _alive(environment: Mapping[str, str]) -> tuple[str, ...]:
-    settings = ((name, value) for name, value in _ALIVE.items() if f"OMPI_MCA_{name}" not in environment)
+def _daemons(hosts: Sequence[Host], environment: Mapping[str, str]) -> tuple[str, ...]:
+    domains = any("." in host.name and not re.fullmatch("[0-9.]+", host.name) for host in hosts)
+    wanted = _ALIVE | (_WITH_DOMAINS if domains else {})
+    settings = ((name, value) for name, value in wanted.items() if f"OMPI_MCA_{name}" not in environment)
     return tuple(word for setting in settings for word in ("--mca", *setting))
 
 
@@ -485,7 +497,7 @@ def _openmpi_4(job: _Job) -> Command:
             "oob_tcp_if_include",
             job.given.interface,
         ]
-    words += job.alive
+    words += job.daemons
     words += ["--tag-output"] if job.given.tag_output else []
     words += ["--output-filename", job.given.log_directory] if job.given.log_directory else []
     return Command((*words, *_openmpi_tail(job)))
@@ -578,7 +590,7 @@ def _through_horovodrun(job: _Job) -> list[str]:
     if job.installed.version[0] == 4:
         words += ["--oversubscribe"] if job.crowded else []
         words += ["--mca", "oob_tcp_if_include", job.interface_of_daemons] if job.interface_of_daemons else []
-        words += job.alive
+        words += job.daemons
     else:
         words += ["--prtemca", "prte_if_include", job.interface_of_daemons] if job.interface_of_daemons else []
     made = [f"--mpi-args={shlex.join([*words, '--wdir', job.given.directory])}"]

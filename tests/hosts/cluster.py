@@ -307,8 +307,9 @@ def _lay_out(directory: Path, addresses: Mapping[str, str], settings: str) -> No
         own = directory / name
         (own / "tmp").mkdir(parents=True)
         _make_key(own / "host_key")
-        known += f"{name},{address} {(own / 'host_key.pub').read_text()}"
-    names = "".join(f"{address} {name}\n" for name, address in addresses.items())
+        known += f"{name},{name}-alone.example,{address} {(own / 'host_key.pub').read_text()}"
+    # A second name, which without its domain is none.
+    names = "".join(f"{address} {name} {name}-alone.example\n" for name, address in addresses.items())
     for name in addresses:
         _lay_out_etc(directory / name, names)
         _lay_out_login(directory / name, key, known, settings)

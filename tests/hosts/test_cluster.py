@@ -1,6 +1,7 @@
 """The test cluster itself: hosts apart from each other and from this machine, and nothing left of it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,14 @@ def test_hosts_log_in_to_each_other_and_reach_nothing_else(cluster):
         assert told.stdout.split()[-1] == str(cluster.directory / other / "tmp")
         assert cluster.on(name, "ip", "route", "show", "default") == ""
     assert socket.gethostname() not in NAMES
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("horovodrun", marks=pytest.mark.long)])
+def test_hosts_that_have_no_name_without_its_domain(cluster, launcher):
+    hosts = ",".join(f"{name}-alone.example:1" for name in NAMES[:2])
+    line = [sys.executable, "-m", "toolkit.cli", "launch", "--launcher", launcher, "-H", hosts, "--", "hostname"]
+    told = cluster.run("node1", line, timeout=60)
+    assert sorted(re.findall(r"(node\d)$", told.stdout, re.MULTILINE)) == ["node1", "node2"], told.stdout + told.stderr
 
 
 def test_a_cut_cable_is_silent(cluster):

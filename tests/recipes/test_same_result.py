@@ -169,7 +169,7 @@ def test_started_with_4_workers_resumed_with_2_then_with_1(train, flavour, shard
     resume("cnn", flavour, 2, output, *options, "--max-steps", "40")
     assert "1437 samples, 0 missed, 0 repeated" in resume("cnn", flavour, 1, output, *options)
     assert len(one) == 2 * 29
-    # The sums are added up in three orders here, each as the reducer has it: more rounding than the 50 steps of CNN meet.
+    # More rounding than the steps of CNN meet: sums are added up in three orders, of more steps.
     np.testing.assert_allclose(losses(output), one, rtol=1e-3)
     kept = [checkpoint.read(path).manifest["world_size"] for path in checkpoint.steps(output)]
     assert kept == [2, 2, 1]

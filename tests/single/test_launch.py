@@ -126,6 +126,15 @@ def test_how_soon_a_lost_host_is_noticed_is_the_users_where_it_is_set():
         assert re.findall(r"oob_tcp_keepalive_\w+ \d+", made) == ["oob_tcp_keepalive_probes 3"]
 
 
+def test_names_with_a_domain_stay_whole():
+    for name, keeps in (("node2.example", True), ("10.0.0.2", False), ("node2", False)):
+        for installed in (OPENMPI_4, HOROVODRUN):
+            wanted = Specification(**{**HERE, "hosts": (Host("node1", 4), Host(name, 4))})
+            assert ("--mca orte_keep_fqdn_hostnames 1" in str(command(wanted, installed, {}))) == keeps
+            set_otherwise = command(wanted, installed, {"OMPI_MCA_orte_keep_fqdn_hostnames": "0"})
+            assert "fqdn" not in str(set_otherwise)
+
+
 def test_root_and_a_path():
     installed = Installed("mpirun", "/opt/my mpi/bin/mpirun", "Open MPI", (4, 1), root=True, cores=1)
     made = command(Specification(("python", "a b.py", "$x"), "/"), installed, {})

@@ -92,7 +92,7 @@ class Averager:
 
     def _adds_up_on_gpu(self) -> bool:
         """Whether a GPU's gradients are added up there; else in the host's memory, by whom it is done on a CPU."""
-        return _job.reduces_on_gpu() and self._asked != "mpi"
+        return _job.reduces_on_gpu() and _demanded(self._asked) != "mpi"
 
     def _decide(
         self, hvd: Any, by_horovod: Callable[[np.ndarray], None], elements: int, gathers_rows: bool
@@ -163,13 +163,15 @@ def choose(
     Raises:
         UsageError: "mpi" without MPI, unless that was found by `hvdkit tune`; then it is Horovod.
     """
-    demanded = reducer != "auto" or _job.is_users("HVDKIT_REDUCER")
-    if reducer == "auto" and (demanded or before is None):  # what `hvdkit tune` has found since does not count
+    demanded = _demanded(reducer)
+    if demanded is not None:
+        reducer = demanded
+    elif before is None:  # what `hvdkit tune` has found since does not count
         reducer = os.environ.get("HVDKIT_REDUCER", "auto")
         _shared.check_reducer(reducer)
     ranks = _job.process_set()
     wire = None if reducer == "horovod" else _job.mpi_wire(hvd, ranks)
-    if wire is None and reducer == "mpi" and demanded:
+    if wire is None and demanded == "mpi":
         raise UsageError(
             'reducer="mpi" needs workers that were started by MPI, and mpi4py: start them with mpirun, or horovodrun '
             'without --gloo, or use reducer="horovod".'
@@ -198,6 +200,14 @@ def choose(
         return wire
     _job.keep_quick(hvd)
     return None
+
+
+def _demanded(reducer: str) -> str | None:
+    """Who has to add up, by the argument or the user's environment; None: neither asks for one of the two."""
+    if reducer == "auto" and _job.is_users("HVDKIT_REDUCER"):
+        reducer = os.environ["HVDKIT_REDUCER"]
+        _shared.check_reducer(reducer)
+    return None if reducer == "auto" else reducer
 
 
 def _without_trial(wire: MpiWire | None, gathers_rows: bool, before: str | None, tells: bool) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 import traceback
+from unittest import mock
 
 import numpy as np
 
@@ -18,6 +19,7 @@ else:
 
 from tests.rank_threads import Ranks
 from toolkit import compression
+from toolkit.adapters import _job
 from toolkit.adapters._mpi import MpiWire
 from toolkit.errors import UsageError
 
@@ -116,6 +118,8 @@ def the_environment_is_heard_where_nothing_is_asked_for():
                 trial = Trial(SMALL, reducer=asked)
                 trial.step(given(0, SMALL))
                 assert by_mpi(trial) == ((reducer if asked == "auto" else asked) == "mpi")
+                with mock.patch.object(_job, "reduces_on_gpu", lambda: True):
+                    assert trial.averager()._adds_up_on_gpu() != by_mpi(trial)
         os.environ["HVDKIT_REDUCER"] = "pigeons"
         raises(lambda: Trial(SMALL).step(given(0, SMALL)), "'pigeons'", "auto, horovod, mpi")
     finally:
