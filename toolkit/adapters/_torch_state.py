@@ -30,13 +30,23 @@ def _broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
         if wire.dtype == torch.bfloat16:  # which Horovod does not know; its bits travel
             wire = wire.view(torch.int16)
         if wire.numel():
-            received = hvd.broadcast(wire, root, f"state.{name}", process_set).view(tensor.dtype)
-            if hvd.rank() != root:
-                tensor.detach().copy_(received)
+            hvd.broadcast_(wire, root, f"state.{name}", process_set)  # into the tensor itself, where it can be
+            if hvd.rank() != root and wire.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(wire.view(tensor.dtype))
     if optimizer is not None:
-        state = hvd.broadcast_object(optimizer.state_dict(), root, "optimizer", process_set)
+        # Pickled on a GPU, tensors would come to the others on the GPU of rank 0's number.
+        state = hvd.broadcast_object(_on_host(optimizer.state_dict()), root, "optimizer", process_set)
         if hvd.rank() != root:
             optimizer.load_state_dict(state)
+
+
+def _on_host(value: Any) -> Any:
+    """The value with the tensors in its dicts, lists and tuples in the host's memory."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_host(each) for key, each in value.items()}
+    return type(value)(map(_on_host, value)) if type(value) in (list, tuple) else value
 
 
 def export_state(model: torch.nn.Module, optimizer: Any) -> dict[str, np.ndarray]:

@@ -32,7 +32,12 @@ def carry():
 
         return called
 
-    hvd.allreduce_async_, hvd.synchronize = allreduce_async_, synchronize
-    for name in ("allreduce", "allgather", "broadcast"):
+    in_place = hvd.broadcast_
+
+    def broadcast_(tensor, *arguments, **options):
+        return tensor.copy_(in_place(tensor.cpu(), *arguments, **options))
+
+    hvd.allreduce_async_, hvd.synchronize, hvd.broadcast_ = allreduce_async_, synchronize, broadcast_
+    for name in ("allreduce", "allgather"):
         setattr(hvd, name, through_host(getattr(hvd, name)))
     _job.reduces_on_gpu = lambda: True

@@ -302,7 +302,10 @@ def import_that_fails_in_the_end_puts_the_model_back():
 @case
 def broadcast_gives_rank_0s_bits():
     torch.manual_seed(WORLD.rank)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).to(DEVICE)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    model.register_buffer("turned", torch.rand(2, 3).t())  # not in one piece of memory
+    model.register_buffer("short", torch.rand(2).bfloat16())  # which Horovod does not know
+    model.to(DEVICE)
     optimizer = torch.optim.Adam(
         [
             {"params": model[0].parameters(), "lr": 0.1},
@@ -314,7 +317,8 @@ def broadcast_gives_rank_0s_bits():
     expected = dp.gather(dp.export_state(model, optimizer))[0]
     optimizer = dp.distribute(optimizer, model)
     if WORLD.rank > 0:
-        assert not np.array_equal(dp.export_state(model)["model/1.running_var"], expected["model/1.running_var"])
+        for name in ("model/1.running_var", "model/turned", "model/short"):
+            assert not np.array_equal(dp.export_state(model)[name], expected[name])
     dp.broadcast_state(model, optimizer)
     found = dp.export_state(model, optimizer)
     assert found.keys() == expected.keys()
