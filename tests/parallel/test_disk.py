@@ -94,8 +94,8 @@ def test_the_second_of_two_runs_is_refused_until_the_first_is_killed(tmp_path):
         while not (place / "metrics.jsonl").exists():
             assert time.monotonic() < end and first.poll() is None
             time.sleep(0.05)
-        for resume in ([], ["--resume"]):
-            second = launch(2, [*command, *resume])
+        for size, resume in ((2, []), (1, ["--resume"])):
+            second = launch(size, [*command, *resume])
             (line,) = [line for line in second.stderr.splitlines() if "error: " in line]
             assert second.returncode == 2 and re.search(r"another run has it, process \d+ on \S+, since \d{4}-", line)
         holder = int(re.search(r"process (\d+)", line)[1])
@@ -109,9 +109,9 @@ def test_the_second_of_two_runs_is_refused_until_the_first_is_killed(tmp_path):
     for path in checkpoint.steps(tmp_path / "begun"):
         shutil.rmtree(path)
     (place / ".step-00000007.123.tmp").mkdir()
-    resumed = launch(2, [LINEAR, "--resume", "--output", place, "--max-steps", "1"])
+    resumed = launch(1, [LINEAR, "--resume", "--output", place, "--max-steps", "1"])
     assert resumed.returncode == 0 and not list(place.glob(".step*")), resumed.stderr
-    anew = launch(2, [LINEAR, "--resume", "--output", tmp_path / "begun", "--max-steps", "1"])
+    anew = launch(1, [LINEAR, "--resume", "--output", tmp_path / "begun", "--max-steps", "1"])
     assert anew.returncode == 0 and "no checkpoint to resume yet, begun anew" in anew.stdout, anew.stderr
     assert checkpoint.newest(tmp_path / "begun").manifest["step"] == 1
 

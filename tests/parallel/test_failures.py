@@ -17,7 +17,7 @@ LAUNCHERS_OWN = f'Traceback (most recent call last):\n  File "{BIN}/horovodrun"'
     [
         ("torch", "mpirun", 1, "data"),
         ("tensorflow", "horovodrun-gloo", 1, "step"),
-        ("torch", "mpirun", 0, "writing"),
+        pytest.param("torch", "mpirun", 0, "writing", marks=long),
         pytest.param("torch", "horovodrun", 0, "evaluation", marks=long),
         pytest.param("keras-tensorflow", "mpirun", 1, "data", marks=long),
         pytest.param("keras-torch", "horovodrun-gloo", 0, "step", marks=long),
@@ -39,7 +39,7 @@ def test_an_exception_is_told_once_with_its_traceback(framework, launcher, rank,
     ("framework", "launcher", "rank", "moment"),
     [
         ("torch", "mpirun", 1, "step"),
-        ("torch", "horovodrun-gloo", 0, "step"),
+        pytest.param("torch", "horovodrun-gloo", 0, "step", marks=long),
         pytest.param("torch", "horovodrun", 1, "evaluation", marks=long),
         pytest.param("torch", "mpirun", 0, "checkpoint", marks=long),
         pytest.param("torch", "horovodrun-gloo", 1, "first", marks=long),
@@ -65,7 +65,7 @@ def test_a_failure_before_horovod_starts_is_the_launchers_to_name(fault, launche
 
 @pytest.mark.parametrize(
     ("launcher", "rank"),
-    [("mpirun", 1), ("horovodrun-gloo", 0), pytest.param("horovodrun-gloo", 1, marks=long)],
+    [("mpirun", 1), pytest.param("horovodrun-gloo", 0, marks=long), pytest.param("horovodrun-gloo", 1, marks=long)],
 )
 def test_a_stopped_rank_ends_the_job_in_time(launcher, rank, tmp_path):
     ended = harm(tmp_path / "run", "stop", rank, "step", launcher=launcher, stall_timeout=8)

@@ -12,6 +12,9 @@ RUNS: dict[str, tuple[str, str]] = {}
 STALLED = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "30", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "60"}
 
 
+# Long on TensorFlow: each optimizer is compiled anew; the other is of state alone.
+LONG_ON_TENSORFLOW = ["every_other_optimizer_equals_one_process", "import_refuses_each_misfit_and_changes_nothing"]
+SHORT_ON_TENSORFLOW = [case for case in CASES if case not in LONG_ON_TENSORFLOW]
 # What Keras on torch does by itself, beside what it shares with Keras on TensorFlow, or with torch.
 SHORT_ON_TORCH = [
     "options_act_on_averaged_gradients",
@@ -36,9 +39,10 @@ def run(backend, cases):
     return RUNS[key]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_long(CASES, short=SHORT_ON_TENSORFLOW))
 def test_case_on_tensorflow(case):
-    printed, errors = run("tensorflow", CASES)
+    cases = SHORT_ON_TENSORFLOW if case in SHORT_ON_TENSORFLOW else LONG_ON_TENSORFLOW
+    printed, errors = run("tensorflow", cases)
     assert f"passed {case}\n" in printed, errors
 
 
@@ -50,7 +54,7 @@ def test_case_on_torch(case):
 
 
 def test_names_of_state_are_the_same_on_both_backends():
-    of = {"tensorflow": CASES, "torch": SHORT_ON_TORCH}
+    of = {"tensorflow": SHORT_ON_TENSORFLOW, "torch": SHORT_ON_TORCH}
     names = [json.loads(re.search(r"names (\[.*\])", run(*each)[0])[1]) for each in of.items()]
     assert names[0] == names[1]
     assert "model/dense/kernel#2" in names[0] and "optimizer/dense/kernel/velocity#2" in names[0]
@@ -72,7 +76,7 @@ def test_gradients_of_gpus_go_through_the_host_where_they_are_shared_and_in_buck
     assert sorted(re.findall(r"passed (\w+)", result.stdout)) == sorted(STAGED), result.stdout + result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+@pytest.mark.parametrize("backend", some_long(["tensorflow", "torch"], short=["tensorflow"]))
 def test_one_process_without_a_launcher(backend):
     cases = [
         "callback_broadcasts_before_the_first_batch",

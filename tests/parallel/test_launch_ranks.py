@@ -84,7 +84,7 @@ def test_a_host_that_cannot_be_reached_ends_with_what_to_do():
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        ("mpirun", signal.SIGTERM),
+        pytest.param("mpirun", signal.SIGTERM, marks=pytest.mark.long),
         ("horovodrun", signal.SIGINT),  # which its shell alone would take, and go on
         pytest.param("mpirun", signal.SIGINT, marks=pytest.mark.long),
         pytest.param("horovodrun", signal.SIGTERM, marks=pytest.mark.long),

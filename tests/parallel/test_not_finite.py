@@ -7,7 +7,7 @@ from tests.launching import WORKERS, launch
 FLAVOURS = [
     ("torch", ""),
     ("tensorflow", "tensorflow"),
-    ("keras", "tensorflow"),
+    pytest.param("keras", "tensorflow", marks=pytest.mark.long),
     pytest.param("keras", "torch", marks=pytest.mark.long),
 ]
 

@@ -139,7 +139,6 @@ SHORT_RUNS = [
     ("torch", "int8"),
     ("torch", "topk:0.1"),
     ("tensorflow", "powersgd"),
-    ("keras on tensorflow", "fp16"),
 ]
 SHORT_RESUMED = [("torch", "topk:0.1")]
 
