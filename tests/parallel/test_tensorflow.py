@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from tests.launching import WORKERS, launch
+from tests.launching import WORKERS, launch, some_long
 
 CASES = re.findall(r"@case\ndef (\w+)", (WORKERS / "tensorflow_cases.py").read_text())
 RUNS: dict[int, tuple[str, str]] = {}
 STALLED = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "30", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "60"}
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=some_long([1, 3], short=[3]))
 def run(request):
     """What the worker printed with so many ranks; each size is launched once."""
     size = request.param

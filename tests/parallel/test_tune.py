@@ -26,6 +26,7 @@ def tune(place, *arguments, environment=None, timeout=1900):
     return result
 
 
+@pytest.mark.long
 @pytest.mark.timeout(2000)  # half a minute where the machine has nothing else to do
 def test_a_search_tells_its_ratios_and_writes_what_it_found_or_nothing(tmp_path):
     short = ["-np", "2", "--steps", "40", "--minutes", "60", "--settings", "cache"]
@@ -101,7 +102,7 @@ def test_a_mistake_is_one_line(tmp_path, mistake):
     assert "Traceback" not in result.stderr and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, number):
     command = [*TUNE, "-np", "2", "--steps", "1000000", "--timeout", "1000", "--", *RECIPE]
     process, mark = begin(1, command, launcher="none", environment={"TMPDIR": str(tmp_path)}, cwd=tmp_path)
