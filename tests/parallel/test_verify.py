@@ -23,7 +23,7 @@ FOUND = {
 }
 
 
-SHORT = ["", "no distribute", "same data on every rank", "unweighted tail"]
+SHORT = ["", "no distribute", "unweighted tail"]
 
 
 @pytest.mark.parametrize("bug", some_long(FOUND, short=SHORT), ids=lambda bug: bug or "no bug")
