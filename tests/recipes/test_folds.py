@@ -51,7 +51,7 @@ def test_the_table_has_every_fold_with_mean_and_deviation(one_worker):
         pytest.param("linear_regression_torch", 2, "horovodrun-gloo", "", marks=pytest.mark.long),
         pytest.param("linear_regression_tensorflow", 3, "mpirun", "", marks=pytest.mark.long),
         pytest.param("linear_regression_keras", 2, "horovodrun-gloo", "tensorflow", marks=pytest.mark.long),
-        ("linear_regression_keras", 2, "horovodrun-gloo", "torch"),
+        pytest.param("linear_regression_keras", 2, "horovodrun-gloo", "torch", marks=pytest.mark.long),
     ],
 )
 def test_groups_of_workers_train_folds_at_the_same_time(one_worker, recipe, size, launcher, backend, tmp_path):
@@ -93,12 +93,12 @@ def test_folds_are_resumed_each_from_where_it_stood(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--folds", "1"], "--folds is '1'"),
         (["--folds", "443"], "443 folds of 442 samples"),
-        (["--folds", "3", "--fold", "4"], "--fold is 4: give 1 to 3"),
-        (["--fold", "1"], "give --folds"),
         (["--folds", "3", "--fold-groups", "3"], "3 groups of 2 worker(s)"),
-        (["--folds", "3", "--fold", "1", "--fold-groups", "2"], "1 fold(s)"),
+        pytest.param(["--folds", "1"], "--folds is '1'", marks=pytest.mark.long),
+        pytest.param(["--folds", "3", "--fold", "4"], "--fold is 4: give 1 to 3", marks=pytest.mark.long),
+        pytest.param(["--fold", "1"], "give --folds", marks=pytest.mark.long),
+        pytest.param(["--folds", "3", "--fold", "1", "--fold-groups", "2"], "1 fold(s)", marks=pytest.mark.long),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(arguments, named, tmp_path):
