@@ -236,6 +236,15 @@ def with_memory_kept(choices: Choices, environ: Mapping[str, str] = os.environ) 
     return replace(choices, reasons=(*choices.reasons, reason))
 
 
+def return_unused_memory() -> None:
+    """Give the kernel back what malloc keeps of the start: temporaries of the initial weights and of their broadcast.
+
+    A step's own are not of the same sizes, and would come on top. Source: malloc_trim(3). Only glibc's malloc can.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def with_determinism(choices: Choices) -> Choices:
     """Add what keeps apart gradients that happen to be ready together: two optimizers', and the buckets of a GPU's.
 
