@@ -350,11 +350,22 @@ def _command(options: argparse.Namespace) -> int:
         return 0
     code = run(made, given.log_directory)
     if code == _UNREACHED and given.hosts:
-        named = (("--hostfile", options.hostfile), ("-H", options.hosts))
-        doctor = shlex.join(["hvdkit", "doctor", *(word for pair in named if pair[1] for word in pair)])
         told = f"{options.launcher} ended with {code}, as it does where it can't reach a host"
-        print(f"hvdkit launch: {told}: `{doctor}` says which, and why.", file=sys.stderr)
+        print(f"hvdkit launch: {told}: `{_doctor(options)}` says which, and why.", file=sys.stderr)
     return code
+
+
+def _doctor(options: argparse.Namespace) -> str:
+    """The command that looks at the same hosts in the same way."""
+    shared = {
+        "--hostfile": options.hostfile,
+        "-H": options.hosts,
+        "--interface": options.interface,
+        "--ssh-port": options.ssh_port,
+        "--ssh-key": options.ssh_key,
+    }
+    given = ((option, str(value)) for option, value in shared.items() if value is not None)
+    return shlex.join(["hvdkit", "doctor", *itertools.chain.from_iterable(given)])
 
 
 def _notes(given: Specification, environment: Mapping[str, str]) -> list[str]:

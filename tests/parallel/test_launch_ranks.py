@@ -76,8 +76,8 @@ def test_a_users_mistake_is_told_as_such():
 
 
 def test_a_host_that_cannot_be_reached_ends_with_what_to_do():
-    result = run("-np", "2", "-H", "localhost:1,host.invalid:1", "--", "python", RECIPE)
-    told = "`hvdkit doctor -H localhost:1,host.invalid:1` says which, and why."
+    result = run("-np", "2", "-H", "localhost:1,host.invalid:1", "--ssh-port", "2222", "--", "python", RECIPE)
+    told = "`hvdkit doctor -H localhost:1,host.invalid:1 --ssh-port 2222` says which, and why."
     assert result.returncode == 255 and result.stderr.splitlines()[-1].endswith(told), result.stderr
 
 

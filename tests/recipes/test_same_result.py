@@ -169,8 +169,10 @@ def test_started_with_4_workers_resumed_with_2_then_with_1(train, flavour, shard
     resume("cnn", flavour, 2, output, *options, "--max-steps", "40")
     assert "1437 samples, 0 missed, 0 repeated" in resume("cnn", flavour, 1, output, *options)
     assert len(one) == 2 * 29
-    # More rounding than the steps of CNN meet: sums are added up in three orders, of more steps.
-    np.testing.assert_allclose(losses(output), one, rtol=1e-3)
+    found = losses(output)
+    np.testing.assert_allclose(found[:50], one[:50], rtol=1e-4)
+    # By then a max-pool may have been decided the other way, see above; 1.1e-4 was met at step 56.
+    np.testing.assert_allclose(found, one, rtol=1e-3)
     kept = [checkpoint.read(path).manifest["world_size"] for path in checkpoint.steps(output)]
     assert kept == [2, 2, 1]
 

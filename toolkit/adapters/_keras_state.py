@@ -20,7 +20,6 @@ from toolkit import tuning
 from toolkit.adapters import _keras_optimizer, _shared
 from toolkit.errors import UsageError
 
-_PIECE = 2**24  # bytes that are broadcast at a time, which the frameworks copy
 _STATISTICS = re.compile(r"^model/.*/moving_(mean|variance)(#\d+)?$")  # of BatchNormalization
 
 
@@ -119,14 +118,9 @@ def broadcast_state(model: Any, optimizer: Any, broadcast: Any, root: bool) -> N
     length = broadcast(np.array([len(form)], np.int64).view(np.uint8))
     told = broadcast(np.frombuffer(form, np.uint8) if root else np.zeros(length.view(np.int64)[0], np.uint8))
     for name, dtype, shape in json.loads(told.tobytes()):
-        held = np.ascontiguousarray(state[name]) if root else np.empty(shape, dtype)
-        numbers = held.reshape(-1).view(np.uint8)
-        for start in range(0, numbers.size, _PIECE):
-            received = broadcast(numbers[start : start + _PIECE])
-            if not root:
-                numbers[start : start + _PIECE] = received
-        if not root:
-            state[name] = held
+        held = state[name] if root else np.zeros(shape, dtype)
+        received = broadcast(np.ascontiguousarray(held).reshape(-1).view(np.uint8))
+        state[name] = received.view(dtype).reshape(shape)
     if not root:
         import_state(model, optimizer, state)
     del state
