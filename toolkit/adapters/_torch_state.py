@@ -10,7 +10,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from toolkit import tuning, watch
+from toolkit import watch
 from toolkit.adapters import _job, _shared, _torch_fit, _torch_ops
 
 _PARTS = ("model/", "optimizer/")
@@ -20,7 +20,6 @@ def broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
     """Give every rank rank 0's parameters, buffers and optimizer state."""
     with watch.waiting("broadcast_state()"):
         _broadcast_state(model, optimizer)
-    tuning.return_unused_memory()
 
 
 def _broadcast_state(model: torch.nn.Module, optimizer: Any) -> None:
